@@ -1,0 +1,96 @@
+"""The differentiable collectives against plain autograd on the full tensor, in real processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.ranks import errors_on_ranks, on_ranks
+from tp_plugin.collectives import (
+    all_reduce_,
+    copy_to_region,
+    counted,
+    gather_from_region,
+    reduce_from_region,
+    split_to_region,
+)
+from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.mesh import ParallelMesh
+
+
+def column_then_row(sizes):
+    """x -> column-parallel A -> tanh -> row-parallel B, by hand; returns output and gradients, and their truth."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.randn(s, dtype=torch.float64) for s in [(sum(sizes), 4), (5, sum(sizes))])
+    truth = torch.tanh(x @ a.T) @ b.T
+    truth_grad = torch.autograd.grad(truth.square().sum(), x)[0]
+    start, stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
+    with counted() as counter:
+        out = reduce_from_region(torch.tanh(copy_to_region(x, group) @ a[start:stop].T) @ b[:, start:stop].T, group)
+        grad = torch.autograd.grad(out.square().sum(), x)[0]
+    torch.testing.assert_close(out, truth)
+    torch.testing.assert_close(grad, truth_grad)
+    return counter.count("leave", backward=False), counter.count("enter", backward=True), counter.count()
+
+
+def test_column_then_row_costs_one_collective_each_way():
+    assert on_ranks(2, column_then_row, [3, 4]) == [(1, 1, 2)] * 2
+
+
+def split_then_gather(sizes):
+    group = dist.group.WORLD
+    torch.manual_seed(0)
+    x = torch.randn(2, sum(sizes), 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    out = gather_from_region(split_to_region(x, group, 1, sizes).square(), group, 1, sizes)
+    grad = torch.autograd.grad((out * weight).sum(), x)[0]
+    torch.testing.assert_close(out, x.square())
+    torch.testing.assert_close(grad, 2 * x * weight)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [3, 0, 1]])
+def test_split_and_gather_are_each_others_backward(sizes):
+    on_ranks(3, split_then_gather, sizes)
+
+
+def reduce_a_view():
+    with pytest.raises(ValueError, match="contiguous"):
+        all_reduce_(torch.ones(4, 4).t()[:, :2], dist.group.WORLD)
+
+
+def test_a_tensor_that_would_be_copied_is_refused():
+    on_ranks(2, reduce_a_view)
+
+
+def disagree():
+    agree("the second rank's trouble" if dist.get_rank() == 1 else None)
+
+
+def test_an_error_of_one_rank_is_raised_on_all():
+    assert errors_on_ranks(3, disagree) == ["the second rank's trouble [on rank 1]"] * 3
+
+
+def grid():
+    mesh = ParallelMesh.create(2)
+    assert ParallelMesh.create(2) is mesh
+    return mesh.tp_rank, mesh.dp_rank, dist.get_process_group_ranks(mesh.tp_group), mesh.hosts_spanned()
+
+
+def test_tp_ranks_are_neighbours():
+    assert on_ranks(4, grid) == [(0, 0, [0, 1], 1), (1, 0, [0, 1], 1), (0, 1, [2, 3], 1), (1, 1, [2, 3], 1)]
+
+
+def test_world_that_tp_does_not_divide_is_refused_everywhere():
+    errors = errors_on_ranks(3, ParallelMesh.create, 2)
+    assert len(set(errors)) == 1
+    assert "world size 3 is not divisible by tp_size 2" in errors[0]
+    assert "[1, 3]" in errors[0]
+
+
+def test_one_process_needs_no_group():
+    assert ParallelMesh.create(1).tp_size == 1
+    with pytest.raises(TensorParallelError, match="accelerate launch"):
+        ParallelMesh.create(2)
+    x = torch.ones(2)
+    assert copy_to_region(x, None) is x

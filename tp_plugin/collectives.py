@@ -1,0 +1,209 @@
+"""Collectives over a tensor-parallel group: differentiable, synchronous or not, and counted.
+
+The four differentiable ones come in conjugate pairs: the backward of a copy is a reduction, of a gather a split
+(Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3). ``group=None`` means one rank: every
+function is then the identity and costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass
+class Record:
+    """One collective as issued: its kind, why it was made, and the bytes of this rank's tensor."""
+
+    kind: str
+    purpose: str
+    nbytes: int
+    backward: bool
+
+
+@dataclasses.dataclass
+class Counter:
+    """Every collective issued through this module while the counter is open, in order."""
+
+    records: list[Record] = dataclasses.field(default_factory=list)
+
+    def count(self, purpose: str | None = None, *, backward: bool | None = None) -> int:
+        """How many, optionally of one purpose or one direction."""
+        return len(self._pick(purpose, backward))
+
+    def nbytes(self, purpose: str | None = None, *, backward: bool | None = None) -> int:
+        """Bytes of this rank's tensors, optionally of one purpose or one direction."""
+        return sum(record.nbytes for record in self._pick(purpose, backward))
+
+    def _pick(self, purpose: str | None, backward: bool | None) -> list[Record]:
+        return [
+            r
+            for r in self.records
+            if (purpose is None or r.purpose == purpose) and (backward is None or r.backward == backward)
+        ]
+
+
+_COUNTERS: list[Counter] = []
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter]:
+    """Count the collectives of this process issued inside the ``with`` block."""
+    counter = Counter()
+    _COUNTERS.append(counter)
+    try:
+        yield counter
+    finally:
+        _COUNTERS.remove(counter)
+
+
+def _note(kind: str, purpose: str, tensor: torch.Tensor) -> None:
+    if _COUNTERS:
+        backward = torch._C._current_graph_task_id() != -1
+        for counter in _COUNTERS:
+            counter.records.append(Record(kind, purpose, tensor.numel() * tensor.element_size(), backward))
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """Ranks in the group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This rank's place in the group; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_reduce_(
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    purpose: str = "",
+    async_op: bool = False,
+) -> dist.Work | None:
+    """Reduce ``tensor`` in place over the group. Returns the handle to wait on when ``async_op``, else None.
+
+    ``tensor`` must be contiguous: a contiguous copy would be reduced and thrown away.
+    """
+    if group is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError("all_reduce_ needs a contiguous tensor: it reduces in place")
+    _note("all_reduce", purpose, tensor)
+    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+
+
+def all_gather(
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    purpose: str = "",
+    sizes: Sequence[int] | None = None,
+    dim: int = 0,
+) -> list[torch.Tensor]:
+    """Every rank's tensor. ``sizes``: each rank's extent along ``dim`` where they differ (then padded on the wire)."""
+    if group is None:
+        return [tensor]
+    tensor = tensor.contiguous()
+    if sizes is None or len(set(sizes)) == 1:
+        _note("all_gather", purpose, tensor)
+        parts = [torch.empty_like(tensor) for _ in range(size_of(group))]
+        dist.all_gather(parts, tensor, group=group)
+        return parts
+    longest = max(sizes)
+    padded = tensor.new_zeros((*tensor.shape[:dim], longest, *tensor.shape[dim + 1 :]))
+    padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    parts = all_gather(padded, group, purpose=purpose)
+    return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
+
+
+def broadcast_(tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "") -> None:
+    """Overwrite ``tensor`` (contiguous) with that of the group's rank 0."""
+    if group is None:
+        return
+    if not tensor.is_contiguous():
+        raise ValueError("broadcast_ needs a contiguous tensor: it writes in place")
+    _note("broadcast", purpose, tensor)
+    dist.broadcast(tensor, group_src=0, group=group)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, purpose):
+        ctx.group, ctx.purpose = group, purpose
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        all_reduce_(grad, ctx.group, purpose=ctx.purpose)
+        return grad, None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, purpose):
+        out = x.clone(memory_format=torch.contiguous_format)
+        all_reduce_(out, group, purpose=purpose)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim, sizes, purpose):
+        ctx.group, ctx.dim, ctx.sizes = group, dim, sizes
+        return torch.cat(all_gather(x, group, purpose=purpose, sizes=sizes, dim=dim), dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank = rank_in(ctx.group)
+        return grad.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank]), None, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, dim, sizes, purpose):
+        ctx.group, ctx.dim, ctx.sizes, ctx.purpose = group, dim, sizes, purpose
+        rank = rank_in(group)
+        return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = all_gather(grad, ctx.group, purpose=ctx.purpose, sizes=ctx.sizes, dim=ctx.dim)
+        return torch.cat(parts, ctx.dim), None, None, None, None
+
+
+def copy_to_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "enter") -> torch.Tensor:
+    """Enter a sharded region: identity forward, sum of the partial gradients backward. Any shape."""
+    return x if group is None else _Copy.apply(x, group, purpose)
+
+
+def reduce_from_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "leave") -> torch.Tensor:
+    """Leave a sharded region: sum of the partial outputs forward, identity backward. Any shape."""
+    return x if group is None else _Reduce.apply(x, group, purpose)
+
+
+def gather_from_region(
+    x: torch.Tensor, group: dist.ProcessGroup | None, dim: int, sizes: Sequence[int], *, purpose: str = "gather"
+) -> torch.Tensor:
+    """Join the shards along ``dim``, for a consumer that is replicated. Backward keeps this rank's part.
+
+    ``sizes`` are all ranks' extents along ``dim``. The gradient that arrives must be equal on all ranks.
+    """
+    return x if group is None else _Gather.apply(x, group, dim % x.dim(), tuple(sizes), purpose)
+
+
+def split_to_region(
+    x: torch.Tensor, group: dist.ProcessGroup | None, dim: int, sizes: Sequence[int], *, purpose: str = "split"
+) -> torch.Tensor:
+    """Keep this rank's part of a replicated tensor along ``dim``. Backward joins the parts' gradients."""
+    return x if group is None else _Split.apply(x, group, dim % x.dim(), tuple(sizes), purpose)

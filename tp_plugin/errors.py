@@ -1,0 +1,51 @@
+"""Errors that every rank raises together.
+
+A rank that raises alone leaves its peers waiting in the next collective until a timeout ends them.
+So what can differ between ranks is checked through :func:`agree`, which raises on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+
+class TensorParallelError(ValueError):
+    """A tensor-parallel setup that would train wrongly or cannot work. The message says what to change."""
+
+
+def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank of ``group`` if any rank brings an ``error``; a collective call.
+
+    Args:
+        error: this rank's sentence, or None when all is well here.
+        group: the ranks that must agree; None means the whole world. Without an initialised process
+            group the error is raised at once.
+
+    Raises:
+        TensorParallelError: on every rank; the message lists each distinct sentence with its global ranks.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if error:
+            raise TensorParallelError(error)
+        return
+    found: list[tuple[int, str | None]] = [(0, None)] * dist.get_world_size(group)
+    dist.all_gather_object(found, (dist.get_rank(), error), group=group)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, sentence in found:
+        if sentence:
+            ranks_of.setdefault(sentence, []).append(rank)
+    if not ranks_of:
+        return
+    everyone = len(found)
+    parts = [
+        sentence if len(ranks) == everyone else f"{sentence} [on {_name(ranks)}]"
+        for sentence, ranks in ranks_of.items()
+    ]
+    raise TensorParallelError(" | ".join(parts))
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
