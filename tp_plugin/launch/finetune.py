@@ -1,0 +1,302 @@
+"""Full fine-tuning of a causal LM from a recipe, by HF Trainer, tensor parallel.
+
+    accelerate launch --config_file recipes/accelerate/tp2_zero1.yaml -m tp_plugin.finetune RECIPE.yaml [key=value ...]
+    deepspeed --num_gpus 4 --module tp_plugin.finetune RECIPE.yaml [key=value ...]
+
+There is no trainer of ours here. The recipe says what is trained (:mod:`tp_plugin.launch.recipe`), the DeepSpeed config
+how it is spread; Trainer trains, and what it leaves is an ordinary HF directory, which a plain process of transformers
+is then made to load, to check and to write a sample with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import tp_plugin
+from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.launch.build import build_model, build_tokenizer, is_missing
+from tp_plugin.launch.data import Blocks, blocks, documents
+from tp_plugin.launch.recipe import Recipe, load_recipe
+from tp_plugin.mesh import check_world
+
+CHECK_TOKENS = 512  # of a held-out block, so that the full logits of a large vocabulary stay small
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of the exported model's loss
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. What a user can correct ends in one sentence on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m tp_plugin.finetune", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", help="YAML file, see recipes/README.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=5")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_args(argv)
+    try:
+        finetune(load_recipe(arguments.recipe, arguments.overrides))
+    except TensorParallelError as failure:
+        sys.exit(f"tp_plugin.finetune: {failure}")
+
+
+def finetune(recipe: Recipe) -> None:
+    """Train, save, check and sample; called on every rank of a launched job.
+
+    Raises:
+        TensorParallelError: on every rank, for a setup that cannot work, or when the exported model is not the one
+            that was trained.
+    """
+    launched_by_accelerate, ds_config = _deepspeed_config(recipe)
+    tp_size = tp_plugin.TensorParallelConfig.from_deepspeed(ds_config).tp_size
+    tp_plugin.register()
+    state = _join()
+    check_world(tp_size)
+
+    from transformers import AutoModelForCausalLM, Trainer, default_data_collator
+
+    tokenizer, train_set, held_out = _prepare(recipe, state)
+    # Before TrainingArguments: with ZeRO-3 their mere existence makes from_pretrained partition over the whole world.
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path,
+        dtype=recipe.model.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    model.config.use_cache = False
+    _say(
+        f"{recipe.model.path}: {model.num_parameters() / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
+        f"{len(train_set)} blocks of {recipe.data.sequence_length} tokens to train on, {len(held_out)} held out"
+    )
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(recipe, None if launched_by_accelerate else ds_config, evaluate=len(held_out) > 0),
+        train_dataset=train_set,
+        eval_dataset=held_out if len(held_out) else None,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    _report(trainer, seconds, evaluate=len(held_out) > 0)
+
+    model.config.use_cache = True
+    reference = _reference(trainer.model_wrapped, held_out, recipe.sample.check_blocks)
+    tp_plugin.save_pretrained(trainer.model_wrapped, recipe.output_dir)
+    if state.is_main_process:
+        tokenizer.save_pretrained(recipe.output_dir)
+    _say(f"saved {recipe.output_dir}, an ordinary HF directory")
+    agree(_visit_plainly(recipe, reference) if state.is_main_process else None)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
+    """Whether accelerate started us with DeepSpeed, and the path of the DeepSpeed config that counts."""
+    if "RANK" not in os.environ:
+        raise TensorParallelError("start it with accelerate launch, deepspeed or torchrun, not with plain python.")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if not path:
+            raise TensorParallelError(
+                "accelerate's config names no DeepSpeed config; add deepspeed_config: {deepspeed_config_file: ...} to it, "
+                "with tensor_parallel.autotp_size in that file."
+            )
+        return True, path
+    if not recipe.deepspeed:
+        raise TensorParallelError(
+            "no DeepSpeed config: add 'deepspeed: path/to/config.json' to the recipe, or start it with accelerate launch "
+            "and a config file of distributed_type DEEPSPEED."
+        )
+    return False, recipe.deepspeed
+
+
+def _join() -> Any:
+    """The process group, through accelerate so that Trainer finds it, and this rank's place in it."""
+    from accelerate import PartialState
+
+    _quieten()
+    chosen = os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # PartialState asks the environment, not the plugin
+    try:
+        state = PartialState() if torch.cuda.is_available() else PartialState(backend="gloo")
+    finally:
+        if chosen is None:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return state
+
+
+def _quieten() -> None:
+    """DeepSpeed logs dozens of lines a rank; warnings are enough."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _prepare(recipe: Recipe, state: Any) -> tuple[Any, Blocks, Blocks]:
+    """Tokenizer, training blocks and held-out blocks; what does not exist yet is made by one process, the rest wait."""
+    from transformers import AutoTokenizer
+
+    path = recipe.tokenizer.path or recipe.model.path
+    error = None
+    if state.is_main_process:
+        error = _sentence(lambda: _build(recipe, path))
+    agree(error)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path,
+        revision=recipe.model.revision if path == recipe.model.path else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    cut: list[tuple[Blocks, Blocks]] = []
+
+    def cut_text() -> None:
+        cut.append(blocks(recipe.data, tokenizer, seed=recipe.seed, cache=Path(recipe.output_dir, "cache")))
+
+    agree(_sentence(cut_text) if state.is_local_main_process else None)  # one process a host writes the cache,
+    agree(None if state.is_local_main_process else _sentence(cut_text))  # then its neighbours map it
+    return tokenizer, *cut[0]
+
+
+def _build(recipe: Recipe, tokenizer_path: str) -> None:
+    from transformers import AutoTokenizer
+
+    size = recipe.tokenizer.build_vocab_size
+    if size is not None and is_missing(tokenizer_path, "tokenizer.json"):
+        build_tokenizer(tokenizer_path, size, documents(recipe.data))
+        _say(f"trained a byte-level tokenizer of {size} tokens: {tokenizer_path}")
+    if recipe.model.build is not None and is_missing(recipe.model.path, "config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        build_model(recipe.model.path, recipe.model.build, tokenizer, seed=recipe.seed)
+        _say(f"wrote a {recipe.model.build['model_type']} with random weights: {recipe.model.path}")
+
+
+def _sentence(action: Any) -> str | None:
+    """What ``action()`` has to complain about, for :func:`agree`: a rank must not leave the others waiting."""
+    try:
+        action()
+    except TensorParallelError as failure:
+        return str(failure)
+    except Exception as failure:
+        return f"{type(failure).__name__}: {failure}"
+    return None
+
+
+def _training_arguments(recipe: Recipe, ds_config: str | None, *, evaluate: bool) -> Any:
+    from transformers import TrainingArguments
+
+    own = dict(vars(recipe.training))
+    extra = own.pop("extra")
+    own["save_strategy"] = "steps" if own["save_steps"] else "no"
+    own["save_steps"] = own["save_steps"] or 500  # unused, but must be positive
+    options = {
+        "report_to": "none",
+        "logging_first_step": True,
+        "eval_on_start": evaluate,
+        "remove_unused_columns": False,
+        "accelerator_config": {"use_configured_state": True},
+    }
+    try:
+        return TrainingArguments(
+            output_dir=recipe.output_dir, deepspeed=ds_config, seed=recipe.seed, **(own | options | extra)
+        )
+    except (TypeError, ValueError) as failure:
+        raise TensorParallelError(f"'training' of the recipe is refused by TrainingArguments: {failure}") from failure
+
+
+def _report(trainer: Any, seconds: float, *, evaluate: bool) -> None:
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    line = f"{trainer.state.global_step} steps in {seconds:.0f} s"
+    if logged:
+        line += f", loss {logged[0]:.3f} -> {logged[-1]:.3f}"
+    if evaluate:
+        last = trainer.evaluate()["eval_loss"]
+        first = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        line += f", held-out loss {first:.3f} -> {last:.3f}"
+    _say(line)
+
+
+def _reference(engine: Any, held_out: Blocks, count: int) -> dict[str, torch.Tensor]:
+    """The sharded model's answers that the exported one must repeat; every rank computes, rank 0 uses them.
+
+    Returns:
+        ``input_ids`` [blocks, tokens], ``loss`` [blocks] and ``logits`` [blocks, tokens, vocabulary]; {} without blocks.
+    """
+    count = min(count, len(held_out))
+    if not count:
+        return {}
+    ids = torch.stack([held_out[i]["input_ids"][:CHECK_TOKENS] for i in range(count)])
+    losses, logits = [], []
+    engine.eval()
+    with torch.no_grad():
+        for row in ids.to(engine.device).split(1):
+            out = engine(input_ids=row, labels=row)
+            losses.append(out.loss.float().cpu())
+            logits.append(out.logits[0].cpu())
+    return {"input_ids": ids, "loss": torch.stack(losses), "logits": torch.stack(logits)}
+
+
+def _visit_plainly(recipe: Recipe, reference: dict[str, torch.Tensor]) -> str | None:
+    """Load the export in a process that knows nothing of this job; print how it compares, and its sample.
+
+    Returns:
+        A sentence when the exported model is not the trained one, else None.
+    """
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        if reference:
+            save_file(reference, Path(folder, "reference.safetensors"))
+        job = {
+            "directory": recipe.output_dir,
+            "reference": str(Path(folder, "reference.safetensors")) if reference else None,
+            "prompt": recipe.sample.prompt,
+            "max_new_tokens": recipe.sample.max_new_tokens,
+            "seed": recipe.seed,
+            "attn_implementation": recipe.model.attn_implementation,
+            "trust_remote_code": recipe.model.trust_remote_code,
+        }
+        ours = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "CROSS_", "TORCHELASTIC_", "ACCELERATE_", "OMP_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        script = Path(__file__).with_name("plain.py")
+        done = subprocess.run(
+            [sys.executable, str(script), json.dumps(job)], env=environment, capture_output=True, text=True
+        )
+    if done.returncode:
+        return f"plain transformers cannot load the exported {recipe.output_dir!r}:\n{done.stderr[-3000:]}"
+    found = json.loads(done.stdout.splitlines()[-1])
+    sentence = None
+    if reference:
+        trained, error, spread = reference["loss"].mean().item(), found["logits_error"], found["logits_max"]
+        _say(
+            f"loaded by plain transformers in one process: loss {found['loss']:.6f}, sharded {trained:.6f}; "
+            f"logits differ by at most {error:.1e} of {spread:.1f}"
+        )
+        if not abs(found["loss"] - trained) <= TOLERANCE[getattr(torch, found["dtype"])] * abs(trained):
+            sentence = (
+                f"the exported model is not the trained one: on the same {len(reference['loss'])} held-out blocks its "
+                f"loss is {found['loss']:.6f}, the sharded model's {trained:.6f}; do not use {recipe.output_dir!r}."
+            )
+    if found["sample"] is not None:
+        _say(f"a sample from it:\n{found['sample']}")
+    return sentence
+
+
+def _say(line: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
