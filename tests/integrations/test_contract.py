@@ -9,7 +9,14 @@ from tp_plugin.integrations import contract as module
 from tp_plugin.integrations.contract import Patches, check_versions, contract
 
 
+def undecorated(function):
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
 class Upstream:
+    @undecorated
+    def hidden(self, batch, dim=0): ...
+
     def method(self, batch, dim=0, *, group=None): ...
 
     @classmethod
@@ -27,6 +34,7 @@ class Heir(Upstream):
 def test_what_is_there_is_returned(owner):
     assert contract(owner, "method", ["batch"], "a test") is owner.method
     assert contract(owner, "method", ["batch", "dim", "group"], "a test") is owner.method
+    assert contract(owner, "hidden", ["batch", "dim"], "a test") is owner.hidden
     assert contract(owner, "made", ["batch"], "a test") == owner.made
     assert contract(owner, "attribute", None, "a test") is Upstream.attribute
 

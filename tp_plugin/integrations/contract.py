@@ -55,6 +55,12 @@ def contract(owner: Any, name: str, parameters: Sequence[str] | None = None, why
 def _parameters(found: Any) -> list[inspect.Parameter]:
     function: Any = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
     actual = list(inspect.signature(function).parameters.values())
+    if {parameter.kind for parameter in actual} == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        # a decorator that forgot functools.wraps (DeepSpeed's instrument_w_nvtx): ask what it decorates
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        inner = [content for content in cells if inspect.isfunction(content)]
+        if len(inner) == 1:
+            actual = list(inspect.signature(inner[0]).parameters.values())
     return actual[1:] if actual and actual[0].name in ("self", "cls") else actual
 
 

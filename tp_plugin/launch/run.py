@@ -88,7 +88,7 @@ def _check_module(name: str) -> None:
 
 
 def _look_beside(script: str) -> None:
-    """Modules beside the script come first, as for ``python script.py``; ``python -m`` has put the directory we are in."""
+    """Modules beside the script come first, as for ``python script.py``; ``python -m`` has put our directory there."""
     if getattr(sys.flags, "safe_path", False):
         return
     beside = str(Path(script).resolve().parent)

@@ -1,0 +1,30 @@
+"""HF Trainer, under our slot: token counts of distinct batches, and no second record of the degree in DeepSpeed."""
+
+from tp_plugin.integrations.contract import Patches
+from tp_plugin.integrations.transformers import record, tokens
+
+_PATCHES = Patches()
+_PARTS = (record, tokens)
+
+
+def install() -> None:
+    """Lay our patches on transformers; calling it again does nothing. Raises TensorParallelError if a name moved."""
+    if _PATCHES:
+        return
+    check_contracts()
+    for part in _PARTS:
+        part.install(_PATCHES)
+
+
+def uninstall() -> None:
+    """Take them off again."""
+    _PATCHES.undo()
+
+
+def check_contracts() -> None:
+    """Every name this package touches, checked. Raises TensorParallelError naming what moved."""
+    for part in _PARTS:
+        part.check_contracts()
+
+
+__all__ = ["check_contracts", "install", "uninstall"]

@@ -1,0 +1,44 @@
+"""Where accelerate counts processes and means readers of distinct batches: learning-rate schedules and seeds.
+
+``AcceleratedScheduler.step`` steps as often as there are processes, because each reads that fraction of the data; a TP
+group reads one share. ``set_seed(device_specific=True)`` adds the process index, and the ranks of a TP group must draw
+the same numbers wherever the model is replicated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate.scheduler
+import accelerate.utils.random
+from accelerate.state import AcceleratorState
+
+from tp_plugin.integrations.accelerate.degree import tp_size
+from tp_plugin.integrations.contract import Patches, contract
+
+
+class DataParallelState(AcceleratorState):
+    """The state of this process with a TP group counted as one process."""
+
+    @property
+    def num_processes(self) -> int:
+        return self.__dict__["num_processes"] // tp_size()
+
+    @property
+    def process_index(self) -> int:
+        return self.__dict__["process_index"] // tp_size()
+
+
+def check_contracts() -> None:
+    why = "{} counts processes, and a TP group must count as one"
+    contract(accelerate.scheduler, "AcceleratorState", None, why.format("AcceleratedScheduler.step"))
+    contract(accelerate.utils.random, "AcceleratorState", None, why.format("set_seed(device_specific=True)"))
+
+
+def install(patches: Patches) -> None:
+    for module in (accelerate.scheduler, accelerate.utils.random):
+        patches.replace(module, "AcceleratorState", _by_group)
+
+
+def _by_group(_original: Any) -> Any:
+    return DataParallelState

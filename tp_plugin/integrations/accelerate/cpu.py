@@ -1,0 +1,58 @@
+"""DeepSpeed on a machine without accelerator, from scripts as they are.
+
+Accelerate knows no backend for DeepSpeed on CPU: every process takes itself for the only one, and the data loader
+divides by zero. And ``use_cpu=True``, superfluous there, silently drops DeepSpeed for DDP, the sharding with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from tp_plugin.integrations.accelerate.degree import tp_size_of_launch, uses_deepspeed
+from tp_plugin.integrations.contract import Patches, contract
+
+
+def check_contracts() -> None:
+    why = "it names the process group's backend, and knows none for DeepSpeed on CPU"
+    contract(PartialState, "_prepare_backend", ["cpu", "sagemaker_dp", "backend"], why)
+    contract(PartialState, "__init__", ["cpu"], "cpu=True would drop DeepSpeed")
+
+
+def install(patches: Patches) -> None:
+    patches.replace(PartialState, "_prepare_backend", _prepare_backend_method)
+    patches.replace(PartialState, "__init__", _init_method)
+
+
+def on_cpu_with_deepspeed() -> bool:
+    """One of several processes started for DeepSpeed on a machine without accelerator."""
+    return uses_deepspeed() and int(os.environ.get("LOCAL_RANK", -1)) != -1 and not torch.accelerator.is_available()
+
+
+def _prepare_backend_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _prepare_backend(
+        self: PartialState, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None
+    ) -> Any:
+        found, kind = original(self, cpu, sagemaker_dp, backend)
+        if found is None and kind == DistributedType.NO and on_cpu_with_deepspeed():
+            return "gloo", kind
+        return found, kind
+
+    return _prepare_backend
+
+
+def _init_method(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
+        if cpu and on_cpu_with_deepspeed() and tp_size_of_launch() > 1:
+            cpu = False  # there is nothing else to run on
+        original(self, cpu, **kwargs)
+
+    return __init__

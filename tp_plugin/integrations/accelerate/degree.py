@@ -1,0 +1,55 @@
+"""How many ways tensors are sharded in this process, as accelerate knows it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from tp_plugin.mesh import ParallelMesh
+
+
+def tp_size() -> int:
+    """``tensor_parallel.autotp_size`` of the DeepSpeed config this process runs with; 1 without DeepSpeed."""
+    shared = AcceleratorState._shared_state
+    if shared.get("distributed_type") != DistributedType.DEEPSPEED:
+        return 1
+    plugins = shared.get("deepspeed_plugins")
+    found = plugins.values() if isinstance(plugins, dict) else [plugins] if plugins is not None else []
+    return max((degree_in(plugin.deepspeed_config) for plugin in found), default=1)
+
+
+def tp_size_of_launch() -> int:
+    """The same before an ``Accelerator`` exists, from the config file that ``accelerate launch`` hands on."""
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if not uses_deepspeed() or not name:
+        return 1
+    try:
+        return degree_in(json.loads(Path(name).read_text()))
+    except (OSError, ValueError):
+        return 1  # not ours to report: accelerate reads the file a moment later
+
+
+def degree_in(config: Any) -> int:
+    """``tensor_parallel.autotp_size`` of a DeepSpeed config, at least 1."""
+    section = config.get("tensor_parallel") if isinstance(config, Mapping) else None
+    size = section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
+    return max(size, 1) if isinstance(size, int) else 1
+
+
+def uses_deepspeed() -> bool:
+    """Whether this process was started for DeepSpeed (``accelerate launch`` or a ``DeepSpeedPlugin`` says so)."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def parallel_mesh() -> ParallelMesh:
+    """The groups DeepSpeed's engine uses, made if it has not yet; then a collective call over the world."""
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tp_size())
+    return ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
