@@ -1,0 +1,203 @@
+"""What the loss is a function of, and what it hands back: Transform, Head, Options, Wanted, HeadGrads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.loss.vocab import VocabShard
+
+Scalar = float | torch.Tensor  # a Python number, or a 0-dim tensor on the device that must not be read by the host
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of arithmetic on logits of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What happens to the raw product before it is a logit: ``outer * tanh(inner * z)``, or ``inner * z``.
+
+    Attributes:
+        inner: multiplies ``hidden @ weight.T + bias``.
+        outer: multiplies the tanh; 1 when there is none.
+        tanh: whether there is a tanh (Gemma's soft cap ``c``: inner ``1/c``, outer ``c``).
+    """
+
+    inner: Scalar = 1.0
+    outer: Scalar = 1.0
+    tanh: bool = False
+
+    @classmethod
+    def of(cls, scale: float = 1.0, softcap: float | None = None) -> Transform:
+        """``scale * z``, then ``softcap * tanh(./softcap)`` if given."""
+        return cls(scale) if softcap is None else cls(scale / softcap, softcap, True)
+
+    def times(self, factor: Scalar) -> Transform:
+        """This, then a multiplication by ``factor``."""
+        if self.tanh:
+            return dataclasses.replace(self, outer=self.outer * factor)
+        return dataclasses.replace(self, inner=self.inner * factor)
+
+    @property
+    def identity(self) -> bool:
+        """Whether it is known to change nothing."""
+        return not self.tanh and isinstance(self.inner, float) and self.inner == 1.0
+
+    @property
+    def slope(self) -> Scalar:
+        """The part of the derivative that is the same for every logit."""
+        return self.inner * self.outer
+
+    def apply_(self, z: torch.Tensor) -> torch.Tensor:
+        """Turn raw products into logits, in place."""
+        if not self.identity:
+            z.mul_(self.inner)
+        return z.tanh_().mul_(self.outer) if self.tanh else z
+
+    def bend_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Overwrite logits with the rest of the derivative, ``1 - tanh^2``. Only where ``tanh``."""
+        return logits.div_(self.outer).square_().neg_().add_(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The factors of one matrix of logits; none of the tensors is tracked by autograd.
+
+    Attributes:
+        hidden: [N, H], equal on all ranks of the group.
+        weight: [v, H], this rank's rows, in the dtype of ``hidden``.
+        bias: [v] or None.
+        vocab: which rows.
+        transform: from products to logits.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    vocab: VocabShard
+    transform: Transform = Transform()
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of the arithmetic on logits and of the statistics: float64 for float64, else float32."""
+        return wide_of(self.hidden.dtype)
+
+    def products(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[c, v] ``hidden @ weight.T + bias`` in ``wide``, a new tensor."""
+        z = torch.mm(hidden, self.weight.t()).to(self.wide)
+        return z if self.bias is None else z.add_(self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the cross entropy, as in ``torch.nn.functional.cross_entropy``.
+
+    Raises:
+        TensorParallelError: an unknown reduction or a label smoothing outside [0, 1].
+    """
+
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise TensorParallelError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}.")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise TensorParallelError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which gradients are asked for. Must be the same on all ranks of the group."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGrads:
+    """Gradients of a head, to be multiplied by ``scale``; None where not wanted.
+
+    They stay apart from their scale until they are unpacked, so that neither 1/n nor a loss scale meets them in
+    half precision.
+
+    Attributes:
+        hidden: [N, H] or the shape of the hidden states; already summed over the group.
+        weight: [v, H], this rank's rows; in float32 when it was accumulated over chunks.
+        bias: [v].
+        scale: 0-dim, float32 or float64.
+    """
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    scale: torch.Tensor
+
+    def scaled(self, factor: Scalar) -> HeadGrads:
+        """The same gradients times ``factor``."""
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(self.scale.dtype)
+        return dataclasses.replace(self, scale=self.scale * factor)
+
+
+def unpack(grads: Sequence[HeadGrads], part: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """Sum of ``scale * gradient`` over ``grads``, multiplied and added in float32 (float64), rounded once to ``dtype``.
+
+    Args:
+        grads: what to add up.
+        part: ``"hidden"``, ``"weight"`` or ``"bias"``.
+        dtype: of the result.
+    """
+    found = [(tensor, term.scale.reshape(1)) for term in grads if (tensor := getattr(term, part)) is not None]
+    if not found:
+        return None
+    tensor, scale = found[0]  # a 1-dim scale takes part in type promotion, so half-precision gradients are widened
+    if len(found) == 1:
+        return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+    total = tensor * scale
+    for tensor, scale in found[1:]:
+        total += tensor * scale
+    return total.to(dtype)
+
+
+def check_labels(labels: torch.Tensor, rows: int, vocab: VocabShard, ignore_index: int) -> None:
+    """Refuse labels that are not words. Labels are equal on all ranks of a group, so all ranks refuse together.
+
+    On CPU the labels are read and a TensorParallelError is raised. On other devices reading them would stall the
+    host, so the check is ``torch._assert_async``: the device stops with this sentence.
+
+    Args:
+        labels: [N] integers.
+        rows: N of the hidden states.
+        vocab: the vocabulary.
+        ignore_index: the label that is no word.
+
+    Raises:
+        TensorParallelError: wrong shape or dtype; on CPU a label outside [0, V) that is not ``ignore_index``.
+    """
+    if labels.dtype != torch.int64 or labels.shape != (rows,):
+        raise TensorParallelError(
+            f"expected {rows} int64 labels, one a row of the hidden states, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}."
+        )
+    wrong = ((labels < 0) | (labels >= vocab.size)) & (labels != ignore_index)
+    if labels.device.type != "cpu":
+        message = f"a label lies outside the vocabulary [0, {vocab.size}) and is not ignore_index {ignore_index}"
+        torch._assert_async(~wrong.any(), message)
+    elif bool(wrong.any()):
+        worst = labels[wrong][0].item()
+        raise TensorParallelError(
+            f"label {worst} lies outside the vocabulary [0, {vocab.size}) and is not ignore_index ({ignore_index}); "
+            "was the tokenizer extended without resizing the model's embeddings?"
+        )
