@@ -148,9 +148,9 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, purpose):
-        out = x.clone(memory_format=torch.contiguous_format)
-        all_reduce_(out, group, purpose=purpose)
-        return out
+        all_reduce_(x, group, purpose=purpose)
+        ctx.mark_dirty(x)
+        return x
 
     @staticmethod
     def backward(ctx, grad):
@@ -188,8 +188,11 @@ def copy_to_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose:
 
 
 def reduce_from_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "leave") -> torch.Tensor:
-    """Leave a sharded region: sum of the partial outputs forward, identity backward. Any shape."""
-    return x if group is None else _Reduce.apply(x, group, purpose)
+    """Leave a sharded region: sum of the partial outputs forward, identity backward. Any shape.
+
+    Reduces in place: ``x`` must be an intermediate result that nobody else reads (a product, a masked lookup).
+    """
+    return x if group is None else _Reduce.apply(x.contiguous(), group, purpose)
 
 
 def gather_from_region(

@@ -1,0 +1,187 @@
+"""Train a small model in one process or on tp x dp ranks through DeepSpeed, and compare what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tests.support.models import batch, make
+
+STEPS, MICRO, ACCUMULATION, CLIP = 3, 2, 2, 0.5
+
+
+def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
+    """Parameters in two groups by name, as weight decay is usually applied."""
+    decay = [p for n, p in model.named_parameters() if "norm" not in n]
+    rest = [p for n, p in model.named_parameters() if "norm" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    # epsilon well above the gradients' rounding noise, so that AdamW's first steps are not decided by it
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4) if name == "adamw" else torch.optim.SGD(groups, lr=0.5)
+
+
+def micro_batches(step: int, dp: int) -> list[list[dict[str, torch.Tensor]]]:
+    """[accumulation][dp rank] micro-batches of global batch ``step``."""
+    rows = MICRO * dp * ACCUMULATION
+    whole = batch(step, rows)
+    pieces = [{k: v[i * MICRO : (i + 1) * MICRO] for k, v in whole.items()} for i in range(dp * ACCUMULATION)]
+    return [pieces[a * dp : (a + 1) * dp] for a in range(ACCUMULATION)]
+
+
+def loss_of(model: Any, data: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+    """The sum over the label tokens / a number fixed for the step, so that uneven counts weigh alike everywhere."""
+    return model(**data, num_items_in_batch=torch.tensor(17.0 + step)).loss
+
+
+def truth(family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, **options: Any) -> dict:
+    """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
+    model = make(family, heads=heads, tied=tied, **options)
+    optim = optimizer_for(model, optimizer)
+    losses, norms, grads = [], [], {}
+    for step in range(STEPS):
+        total = 0.0
+        for pieces in micro_batches(step, dp):
+            for data in pieces:
+                loss = loss_of(model, data, step) / (dp * ACCUMULATION)
+                loss.backward()
+                total += loss.item()
+        if step == 0:
+            grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optim.step()
+        optim.zero_grad()
+        losses.append(total)
+    start = dict(make(family, heads=heads, tied=tied, **options).named_parameters())
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "grads": grads, "params": params, "start": start}
+
+
+def config_for(tp: int, stage: int, **extra: Any) -> dict[str, Any]:
+    """A DeepSpeed config of this harness."""
+    return {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **extra.pop("zero", {})},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "tensor_parallel": {"autotp_size": tp},
+        "tp_plugin": {"check_batch_every": 2, "quiet": True},
+        **extra,
+    }
+
+
+def engine_for(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
+    """``register()`` and ``deepspeed.initialize``."""
+    import deepspeed
+
+    import tp_plugin
+
+    tp_plugin.register()
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def compare(
+    family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, **options: Any
+) -> dict[str, float]:
+    """Train on this world's ranks, train the truth, and return the largest relative errors.
+
+    Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
+    """
+    import tp_plugin
+
+    dp = dist.get_world_size() // tp
+    expected = truth(family, heads, tied, optimizer, dp, **options)
+    model = make(family, heads=heads, tied=tied, seed=0, **options)
+    names = [(name, id(param)) for name, param in model.named_parameters()]
+    optim = optimizer_for(model, optimizer)
+    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    engine = engine_for(model, optim, config_for(tp, stage, zero=zero))
+    assert names == [(name, id(param)) for name, param in model.named_parameters()], "names or identities changed"
+    errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0, "replicas": 0.0}
+    dp_rank = dist.get_rank() // tp
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for pieces in micro_batches(step, dp):
+            loss = loss_of(engine, pieces[dp_rank], step)
+            engine.backward(loss)
+            total += loss.detach() / ACCUMULATION
+            last = pieces is pieces
+            if engine.is_gradient_accumulation_boundary() and step == 0 and last:
+                errors["grad"] = gradient_error(engine, expected["grads"])
+            engine.step()
+        dist.all_reduce(total)
+        errors["loss"] = max(errors["loss"], abs(total.item() / dist.get_world_size() / expected["losses"][step] - 1))
+        errors["norm"] = max(errors["norm"], abs(float(engine.get_global_grad_norm()) / expected["norms"][step] - 1))
+    errors["replicas"] = replica_error(engine)
+    full = tp_plugin.full_state_dict(engine)
+    if dist.get_rank() == 0:
+        for name, after in expected["params"].items():
+            errors["update"] = max(errors["update"], relative(full[name] - expected["start"][name],
+                                                              after - expected["start"][name]))  # fmt: skip
+    return errors
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def gradient_error(engine: Any, expected: dict[str, torch.Tensor]) -> float:
+    """Worst relative error of a parameter's accumulated gradient, shard against the same shard of the truth."""
+    from deepspeed.utils import groups, safe_get_full_grad
+
+    worst, tp_rank = 0.0, groups.get_tensor_model_parallel_rank()
+    for name, param in engine.module.named_parameters():
+        grad = safe_get_full_grad(param) if engine.zero_optimization_stage() else param.grad
+        assert grad is not None, f"{name} has no gradient"
+        layout = getattr(param, "tp_layout", None)
+        wanted = expected[name] if layout is None else layout.shard(expected[name], tp_rank)
+        worst = max(worst, relative(grad.reshape(wanted.shape), wanted))
+    return worst
+
+
+def replica_error(engine: Any) -> float:
+    """Largest difference of a parameter that several ranks hold, across the whole world."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    import tp_plugin.sharding
+
+    mesh = tp_plugin.sharding.state_of(engine.module).mesh
+    worst = 0.0
+    for param in engine.module.parameters():
+        with GatheredParameters([param]) if hasattr(param, "ds_id") else torch.no_grad():
+            mine = param.detach().clone()
+        for group in (mesh.dp_group, mesh.tp_group):
+            layout = getattr(param, "tp_layout", None)
+            if group is None:
+                continue
+            if group is mesh.tp_group and layout is not None:
+                if not layout.shared_intervals():
+                    continue
+                full = torch.full(layout.shape, float("nan"))
+                for index, start, stop in _held(layout, mesh.tp_rank):
+                    full.narrow(layout.dim, start, stop - start).copy_(mine.narrow(layout.dim, index, stop - start))
+                low, high = full.nan_to_num(float("inf")), full.nan_to_num(float("-inf"))
+            else:
+                low, high = mine.clone(), mine.clone()
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+            worst = max(worst, float((high - low).max()))
+    return worst
+
+
+def _held(layout: Any, rank: int) -> list[tuple[int, int, int]]:
+    out, local = [], 0
+    for start, stop in layout.parts[rank]:
+        out.append((local, start, stop))
+        local += stop - start
+    return out
+
+
+def cross_entropy_truth(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """For tests that compute the loss themselves."""
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))

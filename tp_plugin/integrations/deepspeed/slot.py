@@ -1,0 +1,132 @@
+"""DeepSpeed's AutoTP slot: the one engine method through which a model is sharded when autotp_size is set."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
+from torch import nn
+
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.integrations.deepspeed import export, norm
+from tp_plugin.integrations.deepspeed.refuse import refuse_before_engine, refuse_in_engine
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding import shard_in_place, state_of
+
+_PATCHES = Patches()
+_DEFAULT: TensorParallelConfig | None = None
+
+
+def install(default: TensorParallelConfig | None = None) -> None:
+    """Take the slot in this process; calling it again only changes ``default``.
+
+    Args:
+        default: options for engines whose DeepSpeed config has no ``tp_plugin`` block.
+    """
+    global _DEFAULT
+    _DEFAULT = default
+    if _PATCHES:
+        return
+    check_contracts()
+    _PATCHES.replace(DeepSpeedEngine, "_apply_autotp_partitioning", lambda _original: _slot)
+    _PATCHES.replace(deepspeed, "initialize", _checked)
+    norm.install(_PATCHES)
+    export.install(_PATCHES)
+
+
+def uninstall() -> None:
+    """Give the slot back. Models that are sharded stay so."""
+    _PATCHES.undo()
+
+
+def check_contracts() -> None:
+    """Every private name of DeepSpeed this package touches, checked. Raises TensorParallelError naming what moved."""
+    slot = "it is the slot we shard models in"
+    contract(DeepSpeedEngine, "_apply_autotp_partitioning", ["model", "tp_config"], slot)
+    contract(DeepSpeedEngine, "autotp_size", [], "the slot reads the tensor-parallel degree from it")
+    contract(groups, "get_tensor_model_parallel_group", [], "the slot shards over this group")
+    contract(groups, "get_data_parallel_group", [], "the slot's mesh has this data-parallel group")
+    contract(groups, "_init_tp_mesh_device", ["tensor_model_parallel_size"], "it makes the groups the slot uses")
+    contract(deepspeed, "initialize", ["args", "model", "optimizer"], "configurations are checked before it runs")
+    norm.check_contracts()
+    export.check_contracts()
+
+
+def options_of(config: dict[str, Any]) -> TensorParallelConfig:
+    """Our configuration for an engine: its ``tp_plugin`` block, or what :func:`install` was given."""
+    ours = TensorParallelConfig.from_deepspeed(config)
+    if _DEFAULT is None or "tp_plugin" in config:
+        return ours
+    if _DEFAULT.tp_size not in (1, ours.tp_size):
+        raise TensorParallelError(
+            f"register() was given tp_size={_DEFAULT.tp_size} and the DeepSpeed config has "
+            f"tensor_parallel.autotp_size={ours.tp_size}; set it in the DeepSpeed config only."
+        )
+    return TensorParallelConfig(**(vars(_DEFAULT) | {"tp_size": ours.tp_size}))
+
+
+def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``deepspeed.initialize``, refusing what would train wrongly before an engine exists."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        refuse_before_engine(signature.bind(*args, **kwargs).arguments, options_of)
+        return original(*args, **kwargs)
+
+    return initialize
+
+
+def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
+    """What the engine calls instead of AutoTP's own partitioning. Idempotent: a sharded model is left as it is."""
+    from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap
+
+    error, config = None, None
+    try:
+        config = options_of(engine._config._param_dict)
+        existing = groups.get_tensor_model_parallel_world_size()
+        if existing != config.tp_size:
+            error = (
+                f"DeepSpeed's tensor-parallel groups of this process have {existing} ranks and this engine asks for "
+                f"{config.tp_size}; use one autotp_size for all engines of a process."
+            )
+    except TensorParallelError as refused:
+        error = str(refused)
+    agree(error)
+    assert config is not None
+    refuse_in_engine(engine, model)
+    mesh = ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
+    fresh = state_of(model) is None
+    record = shard_in_place(model, config, mesh)
+    model.ds_autotp_parsed = True  # type: ignore[assignment]
+    # our own guard compares batches, at intervals and without pickling them
+    if engine.first_dataloader_check is not None:
+        engine.first_dataloader_check.remove()
+    # DeepSpeed multiplied by the whole world; a TP group reads one batch
+    engine._config.train_batch_size = (
+        engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * mesh.dp_size
+    )
+    spanned = mesh.hosts_spanned()
+    if fresh and dist.get_rank() == 0 and not config.quiet:
+        print(record.summary(engine.zero_optimization_stage()), flush=True)
+        if record.equalised:
+            print(
+                f"tp_plugin: {len(record.equalised)} tensors differed between the ranks of a tensor-parallel group "
+                "(were they seeded differently?); all ranks now have those of its rank 0.",
+                flush=True,
+            )
+    if fresh and spanned > 1 and mesh.tp_rank == 0:
+        print(
+            f"tp_plugin: WARNING: the tensor-parallel group of rank {dist.get_rank()} spans {spanned} hosts; every "
+            "layer waits for the network. Choose autotp_size at most the number of GPUs of a host.",
+            flush=True,
+        )
+    return ReplacementSourceMap()

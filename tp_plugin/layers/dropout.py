@@ -1,0 +1,94 @@
+"""Dropout inside sharded regions: randomness derived from the default generator, not kept beside it.
+
+Where a tensor is sharded, masks must differ between the ranks of a TP group; where it is replicated they must agree.
+A second random stream would do, but ``torch.utils.checkpoint`` does not save it, and recomputation would draw other
+masks. So nothing is kept: on entry a seed is derived from the state of the default generator and the TP rank, and on
+exit the default generator goes on as if it had drawn once. Ranks in step before a region are in step after it, and
+whoever restores the default generator (checkpointing does) gets the same masks again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_MASK = (1 << 64) - 1
+
+
+class DerivedRandomness:
+    """Random numbers of one region: started by its columns, stopped by its row.
+
+    Does nothing in a region whose block has no dropout switched on. No host synchronisation: the seed of a CUDA
+    generator is derived from its seed and offset, which live on the host.
+    """
+
+    def __init__(self, parent: nn.Module, tp_rank: int) -> None:
+        self.tp_rank = tp_rank
+        self.parent = parent
+        self.rates = [name for name, value in vars(parent).items() if _is_rate(name, value)]
+        self.dropouts = [child for child in parent.modules() if isinstance(child, nn.modules.dropout._DropoutNd)]
+        self._resume: tuple[torch.Generator, torch.Tensor] | None = None
+
+    def active(self) -> bool:
+        """Whether a pass through the block now would draw random numbers."""
+        if not self.parent.training:
+            return False
+        return any(getattr(self.parent, name) > 0 for name in self.rates) or any(
+            d.p > 0 and d.training for d in self.dropouts
+        )
+
+    def start(self, device: torch.device) -> None:
+        """Seed the default generator of ``device`` for this rank, unless that is done already."""
+        if self._resume is not None or not self.active():
+            return
+        generator = default_generator(device)
+        seed = _draw(generator)
+        self._resume = generator, generator.get_state()
+        generator.manual_seed(_mix(seed + _mix(self.tp_rank + 1)) >> 1)
+
+    def stop(self) -> None:
+        """Let the default generator go on from where it was when the region was entered."""
+        if self._resume is not None:
+            generator, state = self._resume
+            self._resume = None
+            generator.set_state(state)
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward now, of the model or of any block in it, would drop anything."""
+    if not model.training:
+        return False
+    return any(
+        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or any(_is_rate(name, value) and value > 0 for name, value in vars(module).items())
+        for module in model.modules()
+    )
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout on ``device`` draws from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    generators = torch.get_device_module(device).default_generators
+    return generators[device.index if device.index is not None else torch.get_device_module(device).current_device()]
+
+
+def _draw(generator: torch.Generator) -> int:
+    """A number that every rank with this generator state gets alike; moves the generator on."""
+    if generator.device.type == "cpu":
+        return int(torch.randint(0, 1 << 62, (1,), generator=generator).item())
+    offset = generator.get_offset()  # type: ignore[attr-defined]
+    generator.set_offset(offset + 4)  # type: ignore[attr-defined]  # counts in fours (Philox)
+    return generator.initial_seed() ^ _mix(offset)
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): neighbouring inputs give unrelated outputs."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _is_rate(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,79 @@
+"""One model on all ranks of a TP group before it is cut: what differs is taken from the group's rank 0.
+
+Ranks that were seeded differently would each contribute a slice of another model, and train on a patchwork without
+an error. DDP users are used to being saved from that; so are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tp_plugin.collectives import all_gather, broadcast_
+from tp_plugin.errors import agree
+from tp_plugin.mesh import ParallelMesh
+
+_CHUNK = 1 << 22  # elements hashed at a time, so that temporaries stay small
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """An int64 that depends on every bit of ``tensor`` and its place (0-dim, on its device, without a host sync).
+
+    A weighted sum of the elements' bit patterns modulo 2^64, chunk by chunk: equal tensors give equal numbers on
+    every device.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    bits = flat.view(_INT_OF_SIZE[flat.element_size()]) if flat.dtype != torch.bool else flat.to(torch.uint8)
+    weights = torch.arange(1, min(_CHUNK, max(bits.numel(), 1)) + 1, device=tensor.device) * 2 + 1
+    for chunk in bits.split(_CHUNK):
+        part = (chunk.to(torch.int64) * weights[: chunk.numel()]).sum()
+        total = total * 6364136223846793005 + part + chunk.numel()
+    return total
+
+
+def comm_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor must lie to be sent over ``group``: NCCL moves device memory only."""
+    if group is not None and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
+    """Give every rank of the TP group the parameters and buffers of its rank 0. Collective over the world.
+
+    Costs a hash of the model and one small all-gather where they are equal already; only what differs is sent.
+
+    Returns:
+        names of the tensors that differed.
+
+    Raises:
+        TensorParallelError: the models differ in more than values (names, shapes, dtypes, what is trained).
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if mesh.tp_group is None:
+        return []
+    shape = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors.items()]
+    shapes: list[object] = [None] * mesh.tp_size
+    dist.all_gather_object(shapes, str(shape), group=mesh.tp_group)
+    agree(
+        None
+        if all(other == shapes[0] for other in shapes)
+        else "the ranks of a tensor-parallel group built different models (names, shapes, dtypes or requires_grad of "
+        "their parameters); build the same model on every rank."
+    )
+    device = comm_device(mesh.tp_group)
+    prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
+    everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")
+    differs = torch.stack([other != everyone[0] for other in everyone]).any(0)
+    names = [name for name, different in zip(tensors, differs.tolist(), strict=True) if different]
+    for name in names:
+        value = tensors[name].detach().to(device).contiguous()
+        broadcast_(value, mesh.tp_group, purpose="equal parameters")
+        tensors[name].data.copy_(value)
+    return names

@@ -1,0 +1,122 @@
+"""What the ranks of a TP group must agree on at every forward: their batch and their random generators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tp_plugin.collectives import all_gather, all_reduce_, broadcast_
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.layers.dropout import default_generator, draws_random_numbers
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding.equal import comm_device, fingerprint
+
+PURPOSE = "batch check"
+
+
+class InputGuard:
+    """A forward pre-hook of the sharded model: compares, or hands out, the batch of a TP group.
+
+    Compared at the first forward and then at every ``check_batch_every``-th, of training and of evaluation each. One
+    all-gather of three numbers over the TP group; in training one all-reduce over the world too, so that a mismatch
+    in one group is raised on every rank.
+    """
+
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+        self.mesh = mesh
+        self.every = config.check_batch_every
+        self.broadcast = config.broadcast_batch
+        self.forwards = {True: 0, False: 0}  # training or not -> forwards so far
+        self.in_step = False  # whether the generators have been brought in step
+        model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        count = self.forwards[model.training]
+        self.forwards[model.training] += 1
+        if self.broadcast:
+            args, kwargs = broadcast_tree((args, kwargs), self.mesh)
+        if not self.in_step and model.training:
+            self._bring_in_step(model)
+        if self.every and count % self.every == 0:
+            self._compare(model, args, kwargs)
+        return args, kwargs
+
+    def _compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        device = comm_device(self.mesh.tp_group)
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        kinds = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
+        content = torch.zeros((), dtype=torch.int64, device=device)
+        for tensor in tensors:
+            content = content * 31 + fingerprint(tensor).to(device)
+        description = torch.frombuffer(bytearray(f"{kinds}{structure}".encode()), dtype=torch.uint8)
+        mine = torch.stack([content, fingerprint(description).to(device), _generators_print(model).to(device)])
+        found = torch.stack(all_gather(mine, self.mesh.tp_group, purpose=PURPOSE))
+        differs = (found != found[0]).any(0)
+        if not draws_random_numbers(model):
+            differs[2] = False  # nobody draws: generators may differ
+        if model.training and dist.get_world_size() > self.mesh.tp_size:
+            differs = differs.to(torch.int32)
+            all_reduce_(differs, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
+        batch, shapes, random = differs.bool().tolist()
+        if batch or shapes:
+            what = "shapes" if shapes else "values"
+            raise TensorParallelError(
+                f"the ranks of a tensor-parallel group got different batches (their {what} differ); give neighbouring "
+                "ranks the same rows (sample by dp rank = rank // tp_size), or set broadcast_batch: true in the "
+                "tp_plugin block if the collator draws random numbers."
+            )
+        if random:
+            raise TensorParallelError(
+                "the random generators of a tensor-parallel group are no longer in step, so dropout masks of "
+                "replicated tensors differ; draw the same random numbers on all ranks of the group "
+                "(seed by dp rank = rank // tp_size)."
+            )
+
+    def _bring_in_step(self, model: nn.Module) -> None:
+        """Generators of the TP group's rank 0 for all: ranks may have been seeded differently on purpose."""
+        self.in_step = True
+        for generator in _generators(model):
+            state = generator.get_state()
+            sent = state.to(comm_device(self.mesh.tp_group))
+            broadcast_(sent, self.mesh.tp_group, purpose="random state")
+            generator.set_state(sent.cpu())
+
+
+def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:
+    """The TP group's rank 0's tree of tensors and plain values, on every rank of the group."""
+    leaves, structure = tree_flatten(tree)
+    described = [
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else ("value", leaf) for leaf in leaves
+    ]
+    message: list[Any] = [(structure, described)]
+    dist.broadcast_object_list(message, group_src=0, group=mesh.tp_group, device=comm_device(mesh.tp_group))
+    structure, described = message[0]
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+    out = []
+    for index, (first, second) in enumerate(described):
+        if first == "value":
+            out.append(second)
+            continue
+        value = leaves[index].detach() if mesh.tp_rank == 0 else torch.empty(first, dtype=second, device=device)
+        value = value.to(comm_device(mesh.tp_group)).contiguous()
+        broadcast_(value, mesh.tp_group, purpose="batch")
+        out.append(value.to(device))
+    return tree_unflatten(out, structure)
+
+
+def _generators(model: nn.Module) -> list[torch.Generator]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    cpu = default_generator(torch.device("cpu"))
+    return [cpu] if device.type in ("cpu", "meta") else [cpu, default_generator(device)]
+
+
+def _generators_print(model: nn.Module) -> torch.Tensor:
+    # the last one is that of the model's device, which dropout draws from
+    return fingerprint(_generators(model)[-1].get_state())

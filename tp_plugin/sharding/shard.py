@@ -1,0 +1,208 @@
+"""Shard a model in place: classes change, ``nn.Parameter`` objects and their names stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.layers import (
+    ColumnParallelLinear,
+    Region,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    sum_partial_gradient,
+    sum_shared_gradient,
+)
+from tp_plugin.layout import ShardLayout
+from tp_plugin.lazy import materialise_outputs
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.plans import Placement, Plan, plan_for
+from tp_plugin.plans import plan as p
+from tp_plugin.sharding.equal import make_equal
+from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
+
+_CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
+    p.COLUMN: ColumnParallelLinear,
+    p.COLUMN_GATHER: ColumnParallelLinear,
+    p.ROW: RowParallelLinear,
+    p.ROW_SPLIT: RowParallelLinear,
+    p.VOCAB_EMBEDDING: VocabParallelEmbedding,
+    p.VOCAB_HEAD: VocabParallelHead,
+}
+_MADE: dict[tuple[type, type], type] = {}
+
+
+def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
+    """Shard ``model`` over ``mesh``'s TP group; a collective call over the world.
+
+    Every check comes before the first change, and fails on all ranks together. Parameters that differ between the
+    ranks of a TP group are taken from its rank 0. A model that is sharded alike already is left as it is.
+
+    Raises:
+        TensorParallelError: what cannot be sharded and what to do about it.
+    """
+    known = state_of(model)
+    if known is not None:
+        agree(
+            None
+            if known.mesh.tp_size == mesh.tp_size
+            else f"the model is sharded {known.mesh.tp_size} ways already and cannot be sharded {mesh.tp_size} ways; "
+            "build it anew."
+        )
+        return known
+    plan, error = None, _obstacle(model)
+    if error is None:
+        try:
+            plan = plan_for(model, mesh.tp_size, config.plan)
+        except TensorParallelError as refused:
+            error = str(refused)
+    agree(error)
+    assert plan is not None
+    equalised = make_equal(model, mesh)
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules()) - len(plan.names(p.VOCAB_HEAD))
+    layouts = _cut(model, plan, mesh)
+    _swap(model, plan, mesh, config)
+    _sum_partial(model, plan, mesh)
+    _guard(model, mesh, config)
+    sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
+    record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
+    setattr(model, ATTRIBUTE, record)
+    return record
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why this model, as it is now, cannot be sharded; None if it can."""
+    for name, param in model.named_parameters():
+        if hasattr(param, "ds_id"):
+            return (
+                "the model was built under DeepSpeed's zero.Init, its parameters are partitioned over the wrong group; "
+                "set zero3_init_flag: false in the accelerate config (or build the model before TrainingArguments)."
+            )
+        if param.is_meta:
+            return f"parameter {name!r} is on the meta device; load the weights before sharding."
+        if param.grad is not None:
+            return f"parameter {name!r} has a gradient already; shard before the first backward."
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            return (
+                f"module {name!r} carries an adapter (PEFT), which tensor parallelism does not support yet; "
+                "train the full model or use tp_size 1."
+            )
+        if type(module).__name__ == "OptimizedModule":
+            return "the model is compiled already; compile it after sharding (or let the Trainer do it)."
+    return None
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLayout]:
+    """Replace the data of every sharded parameter by this rank's shard; tied parameters once."""
+    cut: dict[int, ShardLayout] = {}
+    for name, placement in plan.placements.items():
+        module = model.get_submodule(name)
+        for leaf, layout in placement.layouts.items():
+            param = getattr(module, leaf)
+            if id(param) in cut:
+                continue
+            cut[id(param)] = layout
+            shard = layout.shard(param.data, mesh.tp_rank)
+            param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
+            param.tp_layout = layout
+            # Megatron's flag, which DeepSpeed's gradient norm asks: this rank counts the parameter. Rank 0 always
+            # counts, so a replica's owner is the lowest rank that holds it.
+            param.tensor_model_parallel = not layout.owns_none(mesh.tp_rank)
+    return {name: cut[id(param)] for name, param in model.named_parameters(remove_duplicate=False) if id(param) in cut}
+
+
+def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    for name, placement in plan.placements.items():
+        module = model.get_submodule(name)
+        if placement.style == p.PARTIAL:
+            continue
+        module.__class__ = _class_for(type(module), _CLASS_OF_STYLE[placement.style])
+        _set_up(module, placement, mesh, config)
+    for region in plan.regions:
+        block = model.get_submodule(region.block)
+        door = Region(mesh, block)
+        for name in region.columns:
+            door.admit(model.get_submodule(name))
+        door.release(model.get_submodule(region.row))
+        if region.kv_ratio is not None and hasattr(block, "num_key_value_groups"):
+            block.num_key_value_groups = region.kv_ratio  # type: ignore[assignment]
+    blocks: dict[str, Region] = {}
+    for name in plan.names(p.COLUMN_GATHER):
+        parent = name.rpartition(".")[0]
+        if parent not in blocks:  # the output is joined at once: nothing in the block is sharded, nor its dropout
+            blocks[parent] = Region(mesh, model.get_submodule(parent), derive_randomness=False)
+        blocks[parent].admit(model.get_submodule(name))
+
+
+def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    layout = placement.layouts["weight"]
+    if isinstance(module, ColumnParallelLinear):
+        repeats = placement.repeats[mesh.tp_rank] if placement.repeats else None
+        module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, repeats=repeats)
+    elif isinstance(module, RowParallelLinear):
+        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT)
+    elif isinstance(module, VocabParallelHead):
+        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
+    elif isinstance(module, VocabParallelEmbedding):
+        module.tp_setup(mesh, layout)
+
+
+def _class_for(original: type, sharded: type) -> type:
+    """``sharded`` itself, or, for a subclass of nn.Linear or nn.Embedding, that subclass with ``sharded`` behind it."""
+    if original in (nn.Linear, nn.Embedding):
+        return sharded
+    key = original, sharded
+    if key not in _MADE:
+        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", (original, sharded), {})
+    return _MADE[key]
+
+
+def _sum_partial(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> None:
+    seen: set[int] = set()
+    for name, placement in plan.placements.items():
+        for leaf, param in model.get_submodule(name).named_parameters(recurse=False):
+            if id(param) in seen or not param.requires_grad:
+                continue
+            seen.add(id(param))
+            layout = placement.layouts.get(leaf)
+            if placement.style == p.PARTIAL:
+                sum_partial_gradient(param, mesh)
+            elif layout is not None and layout.shared_intervals():
+                sum_shared_gradient(param, layout, mesh)
+
+
+def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    """Hooks on the whole model: inputs compared, logits whole at the exit of a no_grad forward, no late resizing."""
+    heads = [module for module in model.modules() if isinstance(module, VocabParallelHead)]
+    InputGuard(model, mesh, config)
+
+    @torch.compiler.disable
+    def enter(_module: nn.Module, _args: tuple) -> None:
+        for head in heads:
+            head.tp_inside_model = True
+
+    @torch.compiler.disable
+    def leave(_module: nn.Module, _args: tuple, output: object) -> object:
+        for head in heads:
+            head.tp_inside_model = False
+        # on every rank, so that one of them reading the logits alone cannot hang
+        return output if torch.is_grad_enabled() else materialise_outputs(output)
+
+    if heads:
+        model.register_forward_pre_hook(enter)
+        model.register_forward_hook(leave, always_call=True)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise TensorParallelError(
+            "resize_token_embeddings works on whole embeddings, and this model is sharded; resize before sharding."
+        )
+
+    if hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings = refuse  # type: ignore[assignment]
