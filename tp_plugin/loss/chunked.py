@@ -13,7 +13,9 @@ gradients in the forward pass are Liger-Kernel's idea (https://arxiv.org/abs/241
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +24,20 @@ from tp_plugin.collectives import all_gather, all_reduce_
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.loss.parts import Head, HeadGrads, Options, Wanted
 
+T = TypeVar("T")
 PURPOSE = "loss"  # under which the collectives are counted
 DEFAULT_WORKSPACE = TensorParallelConfig.loss_workspace_mib << 20  # bytes
+
+
+def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
+    """Run ``function(head, ...)`` with autocast off: its dtypes are chosen already."""
+
+    @functools.wraps(function)
+    def plainly(head: Head, *args: Any, **kwargs: Any) -> T:
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            return function(head, *args, **kwargs)
+
+    return plainly
 
 
 def rows_per_chunk(head: Head, workspace_bytes: int | None) -> int:
@@ -41,6 +55,7 @@ def rows_per_chunk(head: Head, workspace_bytes: int | None) -> int:
     return -(-rows // max(1, chunks))
 
 
+@outside_autocast
 def scalar_loss(
     head: Head, labels: torch.Tensor, options: Options, wanted: Wanted | None, workspace_bytes: int | None = None
 ) -> tuple[torch.Tensor, HeadGrads | None]:
@@ -75,6 +90,7 @@ def scalar_loss(
     return total, None if sums is None else sums.finish(scale)
 
 
+@outside_autocast
 def token_losses(
     head: Head, labels: torch.Tensor, options: Options, workspace_bytes: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +104,7 @@ def token_losses(
     return losses, log_z
 
 
+@outside_autocast
 def token_grads(
     head: Head,
     labels: torch.Tensor,
