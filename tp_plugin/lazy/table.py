@@ -24,7 +24,7 @@ _TABLE: dict[Any, Callable] = {}
 
 # properties and methods that say something about a tensor without its values
 _PROPERTIES = frozenset(
-    ["shape", "dtype", "device", "requires_grad", "grad_fn", "grad", "ndim", "is_leaf", "layout", "itemsize", "nbytes"]
+    ["shape", "dtype", "device", "requires_grad", "grad_fn", "ndim", "is_leaf", "layout", "itemsize", "nbytes"]
     + ["names", "name", "output_nr", "_version", "_backward_hooks", "_post_accumulate_grad_hooks", "retains_grad"]
     + [name for name in dir(Tensor) if name.startswith("is_") and not callable(getattr(Tensor, name))]
 )
@@ -73,21 +73,18 @@ def answer(func: Any, args: Any, kwargs: Any) -> Any:
     this = args[0] if args else None
     if isinstance(this, VocabParallelLogits) and this._full is not None:
         nodes.follow(this)
-    if func in _METHODS or (kind == "__get__" and owner in _PROPERTIES):
-        with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **kwargs)
-        if found is not None and owner == "grad":
-            raise TensorParallelError(_NO_GRAD.format(".grad"))
-        return found
-    if func in _REFUSED:
-        raise TensorParallelError(_REFUSED[func])
-    if func is Tensor.register_hook:
-        # DeepSpeed hangs a hook on every output of a model to learn that backward began. One that looks at the
-        # gradient's numbers is refused by FactoredGrad when it does.
+    if kind == "__get__" and owner == "grad":
+        return None  # never a leaf
+    # DeepSpeed hangs a hook on every output of a model to learn that backward began. A hook that looks at the
+    # gradient's numbers is refused by FactoredGrad when it does.
+    if func in _METHODS or (kind == "__get__" and owner in _PROPERTIES) or func is Tensor.register_hook:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if kind in ("__set__", "__delete__"):
-        raise TensorParallelError(f"cannot assign to .{owner} of lazy logits; call logits.materialize() first.")
+    if func in _REFUSED:
+        raise TensorParallelError(_REFUSED[func])
+    if kind in ("__set__", "__delete__") or (func is Tensor.requires_grad_ and not this.requires_grad):
+        owner = owner or "requires_grad"
+        raise TensorParallelError(f"cannot set .{owner} of lazy logits; call logits.materialize() first.")
     if kind == "__get__" and owner == "data":
         func, args, kwargs = Tensor.detach, args[:1], {}
     row = _TABLE.get(func)

@@ -1,0 +1,172 @@
+"""Every operation lazy logits answer, and everything else, against the computed logits."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tests.lazy.heads import B, Case, H, T, V
+from tests.support.ranks import on_ranks
+from tp_plugin.collectives import counted
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.lazy import VocabParallelLogits, lazy_logits
+from tp_plugin.loss import VocabShard
+
+
+def ce(logits, labels, **kwargs):
+    return F.cross_entropy(logits.reshape(-1, V), labels.reshape(-1), **kwargs)
+
+
+def shifted(logits, labels):
+    return ce(logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous())
+
+
+# what stays lazy up to the loss
+FUSED = {
+    "mean": ce,
+    "sum": lambda x, y: ce(x, y, reduction="sum") / 7,
+    "none": lambda x, y: (ce(x, y, reduction="none") * torch.arange(B * T)).sum(),
+    "smoothing": lambda x, y: ce(x, y, label_smoothing=0.2),
+    "ignore": lambda x, y: ce(x, y.clamp(min=3), ignore_index=3),
+    "module": lambda x, y: torch.nn.CrossEntropyLoss()(x.reshape(-1, V), y.reshape(-1)),
+    "shift": shifted,
+    "casts": lambda x, y: ce(x.to(torch.float64).double().type(torch.float64).type_as(x).to(x.device), y),
+    "to tensor": lambda x, y: ce(x.to(torch.zeros((), dtype=torch.float64)), y),
+    "shapes": lambda x, y: ce(x.flatten(0, 1).unflatten(0, (B, T)).unsqueeze(0).squeeze(0).reshape((B * T, V)), y),
+    "last rows": lambda x, y: ce(x[:, -2:], y[:, -2:]),
+    "one token": lambda x, y: ce(x[:, -1], y[:, -1]),
+    "one row": lambda x, y: ce(x[1], y[1]),
+    "repeated rows": lambda x, y: ce(x[:, torch.tensor([0, 0, 3])], y[:, [0, 0, 3]]),
+    "list of rows": lambda x, y: ce(x[[1, 1]], y[[1, 1]]),
+    "two indices": lambda x, y: ce(x[torch.tensor([0, 1]), torch.tensor([2, 2])], y[[0, 1], [2, 2]]),
+    "mask": lambda x, y: ce(x[y > 3], y[y > 3]),
+    "flat mask": lambda x, y: ce(x.view(-1, V)[y.view(-1) > 3], y[y > 3]),
+    "steps": lambda x, y: ce(x[:, ::2][None, 0], y[:1, ::2]),
+    "clone": lambda x, y: ce(x.clone(), y),
+    "scale": lambda x, y: ce(2 * (x * 0.5) / 3.0 * torch.tensor(1.5), y),
+    "negate": lambda x, y: ce(-x, y),
+    "softcap": lambda x, y: ce(3.0 * torch.tanh(x / 3.0), y),
+    "softcap twice scaled": lambda x, y: ce((x.mul(0.7) / 2.0).tanh() * 2.0 / 0.5, y, label_smoothing=0.1),
+    "softcap none": lambda x, y: ce(3.0 * torch.tanh(x / 3.0), y, reduction="none").square().sum(),
+    "two losses on slices": lambda x, y: ce(x[:, :2], y[:, :2]) + 2 * ce(x[:, 1:], y[:, 1:], reduction="sum"),
+    "loss scaled": lambda x, y: (ce(x, y) * 3 - 1) ** 2,
+}
+# what needs the values
+COMPUTED = {
+    "loss and auxiliary": lambda x, y: ce(x, y) + x.logsumexp(-1).square().mean() + x[:, 1:].softmax(-1)[..., 0].sum(),
+    "materialize": lambda x, y: ce(x, y) + (x.materialize() if isinstance(x, VocabParallelLogits) else x).pow(2).sum(),
+    "softcap values": lambda x, y: (3.0 * torch.tanh(x / 3.0)).square().sum() + ce(x, y),
+    "N V d form": lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
+    "class is dim 1": lambda x, y: F.cross_entropy(x, torch.randint(0, T, (B, V))),
+    "class weights": lambda x, y: ce(x, y, weight=torch.arange(1.0, V + 1, dtype=torch.float64)),
+    "probabilities": lambda x, y: F.cross_entropy(x.view(-1, V), torch.rand(B * T, V, dtype=torch.float64)),
+    "log_softmax": lambda x, y: F.log_softmax(x, -1).gather(-1, y.clamp(min=0)[..., None]).sum(),
+    "one logit": lambda x, y: x[0, 1, 3] + x[..., 5].sum() + x[0][0].sum() + x[1, 2, :].prod(),
+    "columns": lambda x, y: x[..., :7].square().sum() + x[:, None].sum() + x[..., None].sum(),
+    "tensor times": lambda x, y: (x * torch.randn(V, dtype=torch.float64)).sum(),
+    "reversed division": lambda x, y: (1.0 / (x + 100)).sum(),
+    "tanh twice": lambda x, y: ce(x.tanh().tanh(), y),
+    "stacked": lambda x, y: torch.cat([x, 2 * x]).square().sum() + torch.stack((x, x)).sum(),
+    "rows of a loop": lambda x, y: sum(row.logsumexp(-1).sum() for row in x),
+    "backward of values": lambda x, y: (x.argmax(-1) * ce(x, y)).sum() + x.topk(2).values.sum(),
+    "learned scale": lambda x, y: ce(x * torch.ones((), dtype=torch.float64, requires_grad=True), y),
+    "dropout": lambda x, y: ce(F.dropout(x, 0.0), y),
+    "detached": lambda x, y: ce(x, y) + x.detach().square().sum() + x.data.sum(),
+}
+
+
+def all_uses(sizes):
+    worst = {}
+    for budget in (None, 3 * 8 * max(sizes)):
+        for name, use in (FUSED | COMPUTED).items():
+            with counted() as counter:
+                worst[name, budget] = Case(sizes, budget=budget).difference(use)
+            if len(sizes) > 1:
+                computed = any(r.purpose == "logits" for r in counter.records)
+                assert computed == (name in COMPUTED), (name, [r.purpose for r in counter.records])
+    return {name: value for name, value in worst.items() if value > 1e-10}
+
+
+@pytest.mark.parametrize("sizes", [(13,), (7, 6), (9, 0, 4)])
+def test_every_use_equals_plain_logits(sizes):
+    assert on_ranks(len(sizes), all_uses, sizes) == [{}] * len(sizes)
+
+
+def test_metadata_needs_no_values_and_no_ranks():
+    x = Case().lazy
+    with counted() as counter:
+        assert x.shape == (B, T, V)
+        assert (x.dtype, x.device, x.ndim, x.numel(), len(x)) == (torch.float64, torch.device("cpu"), 3, B * T * V, B)
+        assert x.size(-1) == V
+        assert x.stride() == (T * V, V, 1)
+        assert x.is_contiguous()
+        assert x.is_floating_point()
+        assert torch.is_floating_point(x)
+        assert torch.is_tensor(x)
+        assert x.requires_grad
+        assert not x.is_leaf
+        assert not x.is_cuda
+        assert x.element_size() == 8
+        assert hash(x) == id(x)
+        assert "not computed" in repr(x)
+        assert "not computed" in f"{x}"
+        assert x.grad is None
+        assert x.new_zeros(3).dtype == torch.float64
+    assert x._full is None
+    assert not counter.records
+
+
+def test_lazy_dtypes_follow_the_casts():
+    x = Case().lazy
+    half = x.half()
+    assert isinstance(half, VocabParallelLogits)
+    assert half.dtype == torch.float16
+    assert x.bfloat16().dtype == torch.bfloat16
+    loss = F.cross_entropy(x.float().view(-1, V), torch.zeros(B * T, dtype=torch.int64))
+    assert loss.dtype == torch.float32
+    assert x.double() is x
+    assert x.contiguous() is x
+    assert type(x.long()) is torch.Tensor
+    assert x.argmax(-1).shape == (B, T)
+
+
+def test_torchs_own_errors_stay():
+    x, labels = Case().lazy, torch.zeros(B * T, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        x.view(7, V)
+    with pytest.raises(IndexError):
+        x[5]
+    with pytest.raises(RuntimeError, match="label_smoothing"):
+        F.cross_entropy(x.view(-1, V), labels, label_smoothing=1.5)
+    with pytest.raises(TensorParallelError, match="lies outside the vocabulary"):
+        F.cross_entropy(x.view(-1, V), labels + V)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    vocab = VocabShard.balanced(V, None)
+    hidden, weight = torch.zeros(B, T, H), torch.zeros(V, H)
+    for args in [(hidden, weight[1:], None), (hidden, weight, torch.zeros(3)), (hidden[0, 0], weight, None)]:
+        with pytest.raises(TensorParallelError, match="lazy logits need"):
+            lazy_logits(*args, vocab)
+    with pytest.raises(TensorParallelError, match="make them equal"):
+        lazy_logits(hidden, weight.half(), None, vocab)
+
+
+def frozen_parts():
+    found = []
+    for keep in range(3):
+        vocab = VocabShard.balanced(V, dist.group.WORLD)
+        parts = [torch.randn(B, T, H), torch.randn(vocab.rows, H), torch.randn(vocab.rows)]
+        parts[keep].requires_grad_()
+        with counted() as counter:
+            loss = F.cross_entropy(lazy_logits(*parts, vocab).view(-1, V), torch.zeros(B * T, dtype=torch.int64))
+            loss.backward()
+        found.append([r.kind for r in counter.records])
+    with counted() as counter, torch.no_grad():
+        F.cross_entropy(lazy_logits(*parts, vocab).view(-1, V), torch.zeros(B * T, dtype=torch.int64))
+    return [*found, [r.kind for r in counter.records]]
+
+
+def test_frozen_parts_cost_nothing():
+    gather = ["all_gather"]
+    assert on_ranks(2, frozen_parts) == [[["all_gather", "all_reduce"], gather, gather, gather]] * 2
