@@ -48,18 +48,35 @@ class Samples(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels}
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """The same samples as an iterable of unknown length."""
+
+    def __init__(self, count: int) -> None:
+        self.samples = Samples(count)
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
 def batch(numbers: list[int]) -> dict[str, torch.Tensor]:
     rows = [Samples(number + 1)[number] for number in numbers]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def truth(
-    start: LlamaForCausalLM, steps: list[list[list[list[int]]]], *, all_tokens: bool, clip: float, lr: float
+    start: LlamaForCausalLM,
+    steps: list[list[list[list[int]]]],
+    *,
+    all_tokens: bool,
+    clip: float,
+    lr: float,
+    decay: float = 1.0,
 ) -> dict:
     """One unsharded process in plain PyTorch, AdamW; eps is 1e-4 so that noise in near-zero gradients stays small.
 
     Args:
         steps: [step][data-parallel rank][micro batch] -> sample numbers.
+        decay: factor of the learning rate after every step.
         all_tokens: each step's loss is a mean over the tokens of the global batch; else over each rank's, averaged.
 
     Returns:
@@ -81,4 +98,6 @@ def truth(
         norms.append(torch.nn.utils.clip_grad_norm_(start.parameters(), clip).item())
         optimizer.step()
         optimizer.zero_grad()
+        for settings in optimizer.param_groups:
+            settings["lr"] *= decay
     return {"losses": losses, "norms": norms, "model": start}

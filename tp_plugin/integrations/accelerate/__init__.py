@@ -3,11 +3,11 @@
 Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1.
 """
 
-from tp_plugin.integrations.accelerate import collect, counting, cpu, export, mesh, refuse
+from tp_plugin.integrations.accelerate import collect, counting, cpu, dispatch, export, mesh, refuse
 from tp_plugin.integrations.contract import Patches
 
 _PATCHES = Patches()
-_PARTS = (collect, counting, cpu, export, mesh, refuse)
+_PARTS = (collect, counting, cpu, dispatch, export, mesh, refuse)
 
 
 def install() -> None:
