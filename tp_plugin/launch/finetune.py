@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import tp_plugin
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.launch.build import build_model, build_tokenizer, is_missing
 from tp_plugin.launch.data import Blocks, blocks, documents
+from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
 
@@ -62,17 +64,11 @@ def finetune(recipe: Recipe) -> None:
     state = _join()
     check_world(tp_size)
 
-    from transformers import AutoModelForCausalLM, Trainer, default_data_collator
+    from transformers import Trainer, default_data_collator
 
     tokenizer, train_set, held_out = _prepare(recipe, state)
     # Before TrainingArguments: with ZeRO-3 their mere existence makes from_pretrained partition over the whole world.
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model.path,
-        dtype=recipe.model.dtype,
-        attn_implementation=recipe.model.attn_implementation,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    model = load_model(recipe.model)
     model.config.use_cache = False
     _say(
         f"{recipe.model.path}: {model.num_parameters() / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
@@ -140,9 +136,14 @@ def _join() -> Any:
 
 
 def _quieten() -> None:
-    """DeepSpeed logs dozens of lines a rank; warnings are enough."""
+    """Without this the one bar and the losses drown: DeepSpeed logs dozens of lines a rank, every rank shows bars."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls DeepSpeed makes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ["RANK"] != "0":
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def _prepare(recipe: Recipe, state: Any) -> tuple[Any, Blocks, Blocks]:
@@ -205,6 +206,7 @@ def _training_arguments(recipe: Recipe, ds_config: str | None, *, evaluate: bool
         "logging_first_step": True,
         "eval_on_start": evaluate,
         "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"use_configured_state": True},
     }
     try:

@@ -29,6 +29,7 @@ class ModelRecipe:
         attn_implementation: as in ``from_pretrained``; None leaves the choice to transformers.
         revision: a branch, tag or commit of the hub repository.
         trust_remote_code: run model code that comes with the weights.
+        text_only: of a checkpoint that takes images or sound too, train and save the language model alone.
         build: a model config (``model_type`` and its options). When ``path`` does not exist, a model of this shape with
             random weights is written there first; its vocabulary is the tokenizer's.
     """
@@ -38,6 +39,7 @@ class ModelRecipe:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    text_only: bool = False
     build: dict[str, Any] | None = None
 
 
@@ -99,7 +101,7 @@ class TrainingRecipe:
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 1
     gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     bf16: bool = False
     fp16: bool = False
     logging_steps: int = 10
