@@ -1,0 +1,133 @@
+"""What we rely on in accelerate. A failure here says what moved upstream and which file of ours uses it."""
+
+import inspect
+
+import accelerate.accelerator
+import accelerate.data_loader
+import accelerate.scheduler
+import accelerate.utils.random
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from tests.integrations.moved import assert_names_are_watched, assert_source_has
+from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, refuse
+
+
+@pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
+def test_every_name_is_where_we_expect_it(part):
+    part.check_contracts()
+
+
+@pytest.mark.parametrize(
+    ("part", "owner", "name"),
+    [
+        (collect, Accelerator, "gather"),
+        (collect, Accelerator, "gather_for_metrics"),
+        (collect, Accelerator, "reduce"),
+        (collect, accelerate.accelerator, "gather_object"),
+        (counting, accelerate.scheduler, "AcceleratorState"),
+        (counting, accelerate.utils.random, "AcceleratorState"),
+        (cpu, PartialState, "_prepare_backend"),
+        (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
+        (export, Accelerator, "get_state_dict"),
+        (mesh, Accelerator, "_prepare_deepspeed"),
+        (mesh, Accelerator, "_prepare_device_mesh"),
+    ],
+)
+def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
+    assert_names_are_watched(monkeypatch, part, owner, name)
+
+
+def test_an_argument_that_moves_is_named(monkeypatch):
+    monkeypatch.setattr(Accelerator, "__init__", lambda self, cpu=False: None)
+    with pytest.raises(ValueError, match="lost its argument 'deepspeed_plugin'"):
+        refuse.check_contracts()
+
+
+def test_gather_for_metrics_goes_through_what_we_replace():
+    for text in ("self.gather(input_data)", "gather_object(input_data)", "self.gradient_state.remainder"):
+        assert_source_has(
+            Accelerator.gather_for_metrics, text, "accelerate/collect.py replaces gather and gather_object"
+        )
+
+
+def test_any_rank_may_raise_the_flag():
+    assert_source_has(
+        Accelerator.check_trigger, "self.reduce(self.flag_tensor)", "accelerate/collect.py spares the flag"
+    )
+
+
+def test_schedules_step_once_a_process(monkeypatch):
+    """If upstream has learnt to count data-parallel ranks here, accelerate/counting.py would divide twice."""
+    taken = []
+
+    class Stub:
+        optimizers, split_batches, step_with_optimizer = (), False, True
+        gradient_state = type("State", (), {"sync_gradients": True})
+        scheduler = type("Scheduler", (), {"step": lambda self: taken.append(1)})()
+
+    monkeypatch.setattr(accelerate.scheduler, "AcceleratorState", lambda: type("State", (), {"num_processes": 3}))
+    accelerate.scheduler.AcceleratedScheduler.step(Stub())
+    assert len(taken) == 3, (
+        "AcceleratedScheduler.step no longer asks AcceleratorState().num_processes how often to step"
+    )
+
+
+def test_device_specific_seeds_add_the_process_index(monkeypatch):
+    monkeypatch.setattr(accelerate.utils.random, "AcceleratorState", lambda: type("State", (), {"process_index": 4}))
+    accelerate.utils.random.set_seed(10, device_specific=True)
+    drawn = torch.rand(1)
+    accelerate.utils.random.set_seed(14)
+    assert drawn == torch.rand(1), "set_seed no longer adds AcceleratorState().process_index; accelerate/counting.py"
+
+
+def test_accelerate_has_no_backend_for_deepspeed_on_cpu(monkeypatch):
+    """If it has one now, accelerate/cpu.py is no longer needed."""
+    if torch.accelerator.is_available():
+        pytest.skip("a machine with an accelerator")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert PartialState._prepare_backend(object.__new__(PartialState)) == (None, DistributedType.NO)
+    assert_source_has(PartialState.__init__, "if self.backend is None:", "accelerate/cpu.py gives it gloo")
+    assert_source_has(PartialState.__init__, "if not cpu and", "accelerate/cpu.py keeps cpu from dropping DeepSpeed")
+
+
+def test_prepare_makes_its_mesh_by_a_name_looked_up_each_time():
+    why = "accelerate/mesh.py hands the first mesh out again"
+    assert_source_has(Accelerator._prepare_deepspeed, "from torch.distributed.device_mesh import init_device_mesh", why)
+    assert_source_has(Accelerator._prepare_deepspeed, 'mesh_dim_name = "tp"', why)
+    assert_source_has(Accelerator._prepare_deepspeed, "self.state.ds_device_mesh = init_device_mesh(", why)
+    why = "accelerate/mesh.py multiplies total_num_steps by the TP degree beforehand"
+    assert_source_has(Accelerator._prepare_deepspeed, "scheduler.total_num_steps / self.num_processes", why)
+
+
+def test_data_loaders_read_by_groups():
+    """Ranks with one ``process_index // tp`` read one batch; nothing of ours does this."""
+    source = accelerate.data_loader.prepare_data_loader
+    assert_source_has(source, "process_index = process_index // submesh_tp_size", "TP ranks must read one batch")
+    assert_source_has(source, "num_processes = num_processes // submesh_tp_size", "TP ranks must read one batch")
+
+
+def test_streams_are_dealt_by_what_we_replace():
+    dispatcher, why = accelerate.data_loader.DataLoaderDispatcher, "accelerate/dispatch.py deals streams to TP groups"
+    assert_source_has(dispatcher._fetch_batches, "range(self.state.num_processes)", why)
+    assert_source_has(dispatcher._fetch_batches, "if self.submesh_tp:", why)
+    assert_source_has(dispatcher.__iter__, "batch_size = observed_batch_size // self.state.num_processes", why)
+    assert_source_has(dispatcher.__iter__, "slice(self.state.process_index * batch_size", why)
+    assert_source_has(dispatcher.__iter__, "slice(0, self.state.num_processes)", why)
+    assert inspect.getsource(dispatcher.__iter__).count("self.slice_fn(") == 2, f"slice_fn is called elsewhere; {why}"
+
+
+def test_get_state_dict_needs_us():
+    """Accelerate refuses to hand out a sharded model's weights unless DeepSpeed is told to gather 16 bit weights."""
+    why = "accelerate/export.py returns the full state dict instead"
+    assert_source_has(Accelerator.get_state_dict, "model.zero_gather_16bit_weights_on_model_save()", why)
+
+
+def test_a_parallelism_config_is_read_from_the_environment():
+    why = "accelerate/refuse.py refuses it beside DeepSpeed"
+    assert_source_has(Accelerator.__init__, "ACCELERATE_USE_PARALLELISM_CONFIG", why)
+    assert_source_has(accelerate.parallelism_config.ParallelismConfig, "PARALLELISM_CONFIG_TP_SIZE", why)

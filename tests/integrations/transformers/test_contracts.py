@@ -1,0 +1,69 @@
+"""What we rely on in HF Trainer. A failure here says what moved upstream and which file of ours uses it."""
+
+from types import SimpleNamespace
+
+import deepspeed
+import pytest
+import torch
+from transformers import Trainer
+from transformers.integrations import deepspeed as trainer_side
+
+from tests.integrations.moved import assert_names_are_watched, assert_source_has
+from tp_plugin.integrations.transformers import _PARTS, record, tokens
+
+
+@pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
+def test_every_name_is_where_we_expect_it(part):
+    part.check_contracts()
+
+
+@pytest.mark.parametrize(
+    ("part", "owner", "name"),
+    [
+        (tokens, Trainer, "_get_num_items_in_batch"),
+        (tokens, Trainer, "get_tp_size"),
+        (record, deepspeed, "tp_model_init"),
+        (record, trainer_side, "deepspeed_init"),
+    ],
+)
+def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
+    assert_names_are_watched(monkeypatch, part, owner, name)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_trainer_divides_token_counts_by_the_degree(degree):
+    """If it stops to, transformers/tokens.py would multiply for nothing."""
+    trainer = SimpleNamespace(
+        model_accepts_loss_kwargs=True, compute_loss_func=None, _loss_shifts_labels=True,
+        args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=degree),
+        get_tp_size=lambda: degree, get_cp_size=lambda: 1, get_sp_size=lambda: 1,
+    )  # fmt: skip
+    labels = torch.tensor([[5, -100, 7, 8, 9, 1, 2, 3]])
+    count = Trainer._get_num_items_in_batch(trainer, [{"labels": labels}], torch.device("cpu"))
+    assert count * degree == pytest.approx(6), "Trainer._get_num_items_in_batch no longer divides by get_tp_size()"
+
+
+def test_averaging_over_devices_goes_through_our_gather():
+    why = "transformers/tokens.py relies on Accelerator.gather counting a TP group once"
+    assert_source_has(
+        Trainer._get_num_items_in_batch, "self.accelerator.gather(num_items_in_batch.to(device)).sum()", why
+    )
+    assert_source_has(Trainer.compute_loss, "self.accelerator.num_processes // self.get_tp_size()", why)
+    assert_source_has(Trainer._track_num_input_tokens, "self.accelerator.gather(input_tokens).sum()", why)
+
+
+def test_evaluation_collects_through_our_gather():
+    why = "accelerate/collect.py makes it see each sample once"
+    assert_source_has(Trainer.evaluation_loop, "self.gather_function(logits)", why)
+    assert_source_has(Trainer.evaluation_loop, "self.gather_function = self.accelerator.gather_for_metrics", why)
+
+
+def test_saving_goes_through_our_state_dict():
+    why = "accelerate/export.py returns the full state dict, and no ValueError"
+    assert_source_has(Trainer.save_model, "self.accelerator.get_state_dict(self.deepspeed)", why)
+    assert_source_has(Trainer.save_model, "except ValueError:", why)
+
+
+def test_training_calls_tp_model_init_by_the_name_we_replace():
+    why = "transformers/record.py keeps it from recording the degree for the whole process"
+    assert_source_has(trainer_side.deepspeed_init, "deepspeed.tp_model_init( model=model,", why)
