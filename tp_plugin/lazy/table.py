@@ -82,7 +82,7 @@ def answer(func: Any, args: Any, kwargs: Any) -> Any:
             return func(*args, **kwargs)
     if func in _REFUSED:
         raise TensorParallelError(_REFUSED[func])
-    if kind in ("__set__", "__delete__") or (func is Tensor.requires_grad_ and not this.requires_grad):
+    if kind in ("__set__", "__delete__") or (func is Tensor.requires_grad_ and not args[0].requires_grad):
         owner = owner or "requires_grad"
         raise TensorParallelError(f"cannot set .{owner} of lazy logits; call logits.materialize() first.")
     if kind == "__get__" and owner == "data":
