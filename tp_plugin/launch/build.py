@@ -15,7 +15,7 @@ END = "<|end|>"  # the one special token of a built tokenizer: separates documen
 
 
 def is_missing(path: str, file: str) -> bool:
-    """Whether ``path`` is a directory (to be) that lacks ``file``. A hub id counts as missing too: its builder decides."""
+    """Whether there is no ``file`` in the directory ``path``, or no such directory."""
     return not (Path(path) / file).exists()
 
 
@@ -23,7 +23,7 @@ def build_tokenizer(directory: str, vocab_size: int, texts: Iterable[str]) -> No
     """Train a byte-level BPE on ``texts`` and write it to ``directory`` in HF format. Deterministic.
 
     Raises:
-        TensorParallelError: ``vocab_size`` is too small for the bytes alone, or the texts do not yield that many tokens.
+        TensorParallelError: ``vocab_size`` is too small for the bytes alone, or the texts yield fewer tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -22,7 +22,7 @@ BATCH = 256  # documents handed to the tokenizer at a time
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Rows ``[start, stop)`` of a ``[blocks, sequence_length]`` array of token ids; the labels are the ids themselves."""
+    """Rows ``[start, stop)`` of a ``[blocks, sequence_length]`` array of token ids; the labels are the ids."""
 
     def __init__(self, tokens: numpy.ndarray, start: int, stop: int) -> None:
         self.tokens, self.start, self.stop = tokens, start, stop

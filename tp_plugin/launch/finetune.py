@@ -106,14 +106,14 @@ def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
         path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if not path:
             raise TensorParallelError(
-                "accelerate's config names no DeepSpeed config; add deepspeed_config: {deepspeed_config_file: ...} to it, "
-                "with tensor_parallel.autotp_size in that file."
+                "accelerate's config names no DeepSpeed config; add deepspeed_config: {deepspeed_config_file: ...} to "
+                "it, with tensor_parallel.autotp_size in that file."
             )
         return True, path
     if not recipe.deepspeed:
         raise TensorParallelError(
-            "no DeepSpeed config: add 'deepspeed: path/to/config.json' to the recipe, or start it with accelerate launch "
-            "and a config file of distributed_type DEEPSPEED."
+            "no DeepSpeed config: add 'deepspeed: path/to/config.json' to the recipe, or start it with accelerate "
+            "launch and a config file of distributed_type DEEPSPEED."
         )
     return False, recipe.deepspeed
 
@@ -233,7 +233,7 @@ def _reference(engine: Any, held_out: Blocks, count: int) -> dict[str, torch.Ten
     """The sharded model's answers that the exported one must repeat; every rank computes, rank 0 uses them.
 
     Returns:
-        ``input_ids`` [blocks, tokens], ``loss`` [blocks] and ``logits`` [blocks, tokens, vocabulary]; {} without blocks.
+        ``input_ids`` [blocks, tokens], ``loss`` [blocks], ``logits`` [blocks, tokens, vocabulary]; {} without blocks.
     """
     count = min(count, len(held_out))
     if not count:
@@ -269,7 +269,18 @@ def _visit_plainly(recipe: Recipe, reference: dict[str, torch.Tensor]) -> str | 
             "attn_implementation": recipe.model.attn_implementation,
             "trust_remote_code": recipe.model.trust_remote_code,
         }
-        ours = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "CROSS_", "TORCHELASTIC_", "ACCELERATE_", "OMP_")
+        ours = (
+            "RANK",
+            "LOCAL_",
+            "WORLD_",
+            "GROUP_",
+            "ROLE_",
+            "MASTER_",
+            "CROSS_",
+            "TORCHELASTIC_",
+            "ACCELERATE_",
+            "OMP_",
+        )
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         script = Path(__file__).with_name("plain.py")
         done = subprocess.run(

@@ -20,7 +20,7 @@ def load_model(recipe: ModelRecipe) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         recipe.path,
         dtype=recipe.dtype,
         attn_implementation=recipe.attn_implementation,
@@ -28,6 +28,7 @@ def load_model(recipe: ModelRecipe) -> Any:
         trust_remote_code=recipe.trust_remote_code,
         output_loading_info=True,
     )
+    model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise TensorParallelError(

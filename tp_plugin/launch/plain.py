@@ -1,7 +1,8 @@
 """What any user of plain transformers would do with an exported model, in one process: load it, run it, sample from it.
 
 Run as a script with a JSON object of options; imports nothing of tp_plugin, on purpose. The last line on stdout is a
-JSON object: ``loss``, ``logits_error`` and ``logits_max`` (largest absolute difference and value), ``dtype``, ``sample``.
+JSON object: ``loss``, ``logits_error`` and ``logits_max`` (largest absolute difference and value), ``dtype`` and
+``sample``.
 """
 
 from __future__ import annotations

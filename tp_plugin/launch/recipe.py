@@ -86,8 +86,8 @@ class DataRecipe:
 class TrainingRecipe:
     """Options of ``transformers.TrainingArguments``, under its names and with its meaning.
 
-    ``max_steps`` goes before ``num_train_epochs`` when positive; ``save_steps: 0`` saves at the end only. ``extra`` takes
-    any other option of TrainingArguments by name.
+    ``max_steps`` goes before ``num_train_epochs`` when positive; ``save_steps: 0`` saves at the end only. ``extra``
+    takes any other option of TrainingArguments by name.
     """
 
     learning_rate: float = 1e-5

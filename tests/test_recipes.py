@@ -1,0 +1,164 @@
+"""Every file under recipes/, against the library that will read it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from accelerate.commands.config.config_args import load_config_from_file
+
+import tp_plugin
+from tests.support.models import make
+from tests.support.ranks import ROOT, errors_on_ranks, on_ranks
+from tp_plugin.launch.recipe import load_recipe
+from tp_plugin.plans import plan_for
+
+RECIPES = ROOT / "recipes"
+TRAIN = sorted(RECIPES.rglob("train.yaml"))
+ACCELERATE = sorted(RECIPES.glob("accelerate/*.yaml")) + [RECIPES / "quickstart/accelerate.yaml"]
+DEEPSPEED = sorted(RECIPES.rglob("*.json"))
+
+# The published dimensions, so that nothing is downloaded.
+ARCHITECTURES = {
+    "meta-llama/Llama-3.1-8B": lambda: transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    ),
+    "Qwen/Qwen3-8B": lambda: transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    ),
+    "google/gemma-3-4b-pt": lambda: transformers.Gemma3TextConfig(
+        vocab_size=262208,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+    ),
+}
+PARAMETERS = {"meta-llama/Llama-3.1-8B": 8.03e9, "Qwen/Qwen3-8B": 8.19e9, "google/gemma-3-4b-pt": 3.88e9}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(RECIPES))
+
+
+def test_no_file_is_left_unchecked():
+    files = {path for path in RECIPES.rglob("*") if path.is_file()}
+    assert files == {*TRAIN, *ACCELERATE, *DEEPSPEED, RECIPES / "README.md"}
+
+
+def test_the_table_names_every_recipe_and_spread():
+    listed = set(re.findall(r"\]\(([\w./-]+)\)", (RECIPES / "README.md").read_text()))
+    for path in (*TRAIN, *ACCELERATE[:-1], *(file for file in DEEPSPEED if file.parent.name == "deepspeed")):
+        assert name_of(path) in listed
+    for target in listed:
+        assert (RECIPES / target).exists(), target
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=name_of)
+def test_recipe_is_accepted_and_names_an_existing_deepspeed_config(path):
+    recipe = load_recipe(path)
+    assert recipe.deepspeed is not None
+    assert ROOT / recipe.deepspeed in DEEPSPEED
+    assert not recipe.model.trust_remote_code
+    assert recipe.model.build is not None or recipe.model.path in ARCHITECTURES
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=name_of)
+def test_accelerate_config_is_accepted_and_fits_its_deepspeed_config(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == "DEEPSPEED"
+    file = ROOT / config.deepspeed_config["deepspeed_config_file"]
+    assert file in DEEPSPEED
+    assert config.deepspeed_config["zero3_init_flag"] is False
+    assert config.parallelism_config == {}, "tp comes from the DeepSpeed config alone"
+    assert "mixed_precision" not in path.read_text(), "refused by accelerate next to a DeepSpeed config file"
+    degree, stage = degree_and_stage(json.loads(file.read_text()))
+    assert config.num_processes % degree == 0
+    if file.parent.name == "deepspeed":
+        assert path.stem == file.stem == f"tp{degree}_zero{stage}"
+        assert config.num_processes // degree > 1, "ZeRO needs data-parallel ranks to partition over"
+
+
+def degree_and_stage(config: dict) -> tuple[int, int]:
+    return config["tensor_parallel"]["autotp_size"], config["zero_optimization"]["stage"]
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=name_of)
+def test_deepspeed_config_is_ours_and_complete(path):
+    config = json.loads(path.read_text())
+    ours = tp_plugin.TensorParallelConfig.from_deepspeed(path)
+    assert ours.tp_size == config["tensor_parallel"]["autotp_size"] > 1
+    assert isinstance(config["tp_plugin"], dict)
+    assert "train_batch_size" not in config
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        assert config[key] == "auto", "Trainer fills it in"
+    (tripwire,) = config["tensor_parallel"]["partition_config"]["layer_specs"]
+    assert "tp_plugin.register()" in tripwire["partition_type"]
+
+
+def read_by_deepspeed(path: str) -> tuple[int, int, float]:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    read = DeepSpeedConfig(filled(path))
+    return read.tensor_parallel_config.autotp_size, read.zero_optimization_stage, read.gradient_clipping
+
+
+def filled(path: str) -> dict:
+    """The config as Trainer hands it to DeepSpeed."""
+    config = json.loads(Path(path).read_text())
+    numbers = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    return config | numbers | {"bf16": {"enabled": False}}
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=name_of)
+def test_deepspeed_reads_what_we_mean(path):
+    degree, stage = degree_and_stage(json.loads(path.read_text()))
+    assert on_ranks(1, read_by_deepspeed, str(path), env={"FORCE_GROUP": "1"}) == [(degree, stage, 0.5)]
+
+
+def start_unregistered(path: str, autotp_size: int) -> None:
+    import deepspeed
+
+    config = filled(path)
+    config["tensor_parallel"]["autotp_size"] = autotp_size
+    model = make("Llama")
+    deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), config=config)
+
+
+@pytest.mark.parametrize("path", DEEPSPEED, ids=name_of)
+def test_unpatched_deepspeed_trips_over_the_recipe(path):
+    for sentence in errors_on_ranks(2, start_unregistered, str(path), 2):
+        assert "needs tp_plugin.register()" in sentence
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_plan_of_the_published_architecture(name, tp_size):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
+    assert model.num_parameters() == pytest.approx(PARAMETERS[name], rel=2e-3), "not the published dimensions"
+    if name == "google/gemma-3-4b-pt" and tp_size == 8:
+        assert model.config.num_key_value_heads < tp_size, "its key/value heads are held by two ranks each"
+    plan = plan_for(model, tp_size)
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    sharded = {n for n, placement in plan.placements.items() if placement.layouts}
+    assert linears | {"model.embed_tokens"} <= sharded
