@@ -68,6 +68,9 @@ class ParallelMesh:
             dist.get_world_size(dp_group),
         )
 
+    def __deepcopy__(self, memo: dict) -> ParallelMesh:
+        raise TensorParallelError("a sharded model cannot be copied, its process groups are one; copy before sharding.")
+
     def agree(self, error: str | None) -> None:
         """Raise ``error`` on every rank of the world if any rank brings one; see :func:`tp_plugin.errors.agree`."""
         agree(error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -25,12 +26,15 @@ _ZYGOTE: tuple[subprocess.Popen, Connection] | None = None
 
 def _zygote() -> Connection:
     global _ZYGOTE
+    if "TEST_RANK" in os.environ:
+        raise RuntimeError("a rank cannot launch ranks; keep calls of on_ranks out of module level")
     if _ZYGOTE is None or _ZYGOTE[0].poll() is not None:
         ours, theirs = socket.socketpair()
         os.set_inheritable(theirs.fileno(), True)
         env = os.environ | {
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
+            "TEST_RANK": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -63,7 +67,7 @@ def outcomes(
             "env": env or {},
         }
     )
-    return connection.recv()
+    return pickle.loads(connection.recv_bytes())
 
 
 def on_ranks(world: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:

@@ -73,20 +73,47 @@ def config_for(tp: int, stage: int, **extra: Any) -> dict[str, Any]:
     }
 
 
-def engine_for(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
+def engine_for(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], **arguments: Any
+) -> Any:
     """``register()`` and ``deepspeed.initialize``."""
     import deepspeed
 
     import tp_plugin
 
     tp_plugin.register()
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **arguments)[0]
+
+
+def engine_by(
+    way: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], tp: int
+) -> Any:
+    """An engine made in one of three ways.
+
+    ``slot``: the engine shards. ``early``: ``shard_model`` first, and the engine finds it done. ``mpu``: likewise,
+    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``.
+    """
+    import tp_plugin
+
+    if way == "slot":
+        return engine_for(model, optimizer, config)
+    record = tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
+    if way == "early":
+        return engine_for(model, optimizer, config)
+    rest = {key: value for key, value in config.items() if key not in ("tensor_parallel", "tp_plugin")}
+    return engine_for(model, optimizer, rest, mpu=record.mesh)
 
 
 def compare(
-    family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, **options: Any
-) -> dict[str, float]:
+    family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
+    zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
+    **options: Any,
+) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
+
+    ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
+    activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
+    on every rank but the first, whose model is the truth.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """
@@ -94,11 +121,14 @@ def compare(
 
     dp = dist.get_world_size() // tp
     expected = truth(family, heads, tied, optimizer, dp, **options)
-    model = make(family, heads=heads, tied=tied, seed=0, **options)
+    seed = dist.get_rank() if seeded == "by rank" else 0
+    model = make(family, heads=heads, tied=tied, seed=seed, **options)
     names = [(name, id(param)) for name, param in model.named_parameters()]
     optim = optimizer_for(model, optimizer)
-    zero = {"offload_optimizer": {"device": "cpu"}} if offload else {}
-    engine = engine_for(model, optim, config_for(tp, stage, zero=zero))
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    engine = engine_by(way, model, optim, config_for(tp, stage, zero=zero, **(extra or {})), tp)
     assert names == [(name, id(param)) for name, param in model.named_parameters()], "names or identities changed"
     errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0, "replicas": 0.0}
     dp_rank = dist.get_rank() // tp
@@ -132,9 +162,11 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def gradient_error(engine: Any, expected: dict[str, torch.Tensor]) -> float:
     """Worst relative error of a parameter's accumulated gradient, shard against the same shard of the truth."""
-    from deepspeed.utils import groups, safe_get_full_grad
+    from deepspeed.utils import safe_get_full_grad
 
-    worst, tp_rank = 0.0, groups.get_tensor_model_parallel_rank()
+    import tp_plugin.sharding
+
+    worst, tp_rank = 0.0, tp_plugin.sharding.state_of(engine.module).mesh.tp_rank
     for name, param in engine.module.named_parameters():
         grad = safe_get_full_grad(param) if engine.zero_optimization_stage() else param.grad
         assert grad is not None, f"{name} has no gradient"

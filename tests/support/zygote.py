@@ -18,22 +18,31 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+WARM = (  # what nearly every test uses; torch._dynamo alone takes seconds and is wanted by gradient checkpointing
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "deepspeed.runtime.zero.stage3",
+    "torch._dynamo",
+    "torch.distributed",
+    "transformers",
+    "transformers.trainer",
+    *(f"transformers.models.{f}.modeling_{f}" for f in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "granite")),
+    "tp_plugin",
+    "tp_plugin.integrations.deepspeed",
+)
 GRACE_S = 30.0  # how long ranks may go on after one of them has failed before they count as hung
 
 
 def serve(connection: Connection) -> None:
-    import accelerate
-    import deepspeed
-    import torch.distributed
-    import transformers
-
-    assert all((accelerate, deepspeed, torch, transformers))
+    for name in WARM:
+        importlib.import_module(name)
     while True:
         try:
             job = connection.recv()
         except EOFError:
             return
-        connection.send(launch(**job))
+        connection.send_bytes(pickle.dumps(launch(**job)))  # plain pickles: send() would share tensors by descriptor
 
 
 def launch(

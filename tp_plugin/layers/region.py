@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tp_plugin.collectives import copy_to_region
-from tp_plugin.errors import TensorParallelError
 from tp_plugin.layers.dropout import DerivedRandomness
 from tp_plugin.mesh import ParallelMesh
 
@@ -31,7 +30,7 @@ class Region:
         self.group = mesh.tp_group
         self.random = DerivedRandomness(parent, mesh.tp_rank) if derive_randomness else None
         self._source: weakref.ref[torch.Tensor] | None = None
-        self._entered: weakref.ref[torch.Tensor] | None = None
+        self._entered: torch.Tensor | None = None  # strong, until the row or the block is left: linears save views
         parent.register_forward_hook(self._after_parent, always_call=True)
 
     def admit(self, column: nn.Module) -> None:
@@ -55,26 +54,19 @@ class Region:
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
-        entered = self._entered() if self._entered is not None else None
-        if entered is not None and self._source is not None and self._source() is x:
-            return entered
-        entered = copy_to_region(x, self.group)
-        self._source, self._entered = weakref.ref(x), weakref.ref(entered)
-        return entered
-
-    def __deepcopy__(self, memo: dict) -> Region:
-        raise TensorParallelError(
-            "a sharded model cannot be copied (its process groups and doors cannot); copy it before sharding."
-        )
+        if self._entered is None or self._source is None or self._source() is not x:
+            self._source, self._entered = weakref.ref(x), copy_to_region(x, self.group)
+        return self._entered
 
     @torch.compiler.disable
     def _before_row(self, _row: nn.Module, _args: tuple) -> None:
-        if self.random is not None:
-            self.random.stop()
+        self._leave()
 
     @torch.compiler.disable
     def _after_parent(self, *_: object) -> None:
-        # also on the exception with which checkpointing leaves a recomputation early
+        self._leave()  # also on the exception with which checkpointing leaves a recomputation early
+
+    def _leave(self) -> None:
+        self._source = self._entered = None
         if self.random is not None:
             self.random.stop()
-        self._source = self._entered = None

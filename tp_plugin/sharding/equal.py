@@ -6,12 +6,14 @@ an error. DDP users are used to being saved from that; so are ours.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import all_gather, broadcast_
-from tp_plugin.errors import agree
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 
 _CHUNK = 1 << 22  # elements hashed at a time, so that temporaries stay small
@@ -59,14 +61,14 @@ def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
     if mesh.tp_group is None:
         return []
     shape = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors.items()]
-    shapes: list[object] = [None] * mesh.tp_size
-    dist.all_gather_object(shapes, str(shape), group=mesh.tp_group)
-    agree(
-        None
-        if all(other == shapes[0] for other in shapes)
-        else "the ranks of a tensor-parallel group built different models (names, shapes, dtypes or requires_grad of "
-        "their parameters); build the same model on every rank."
-    )
+    # over the world: data-parallel ranks are made equal by DeepSpeed, which would hang on other shapes
+    shapes: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, hashlib.sha256(str(shape).encode()).digest())
+    if any(other != shapes[0] for other in shapes):
+        raise TensorParallelError(
+            "the ranks built different models (names, shapes, dtypes or requires_grad of their parameters); build the "
+            "same model on every rank."
+        )
     device = comm_device(mesh.tp_group)
     prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
     everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")

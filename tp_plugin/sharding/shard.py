@@ -88,9 +88,9 @@ def _obstacle(model: nn.Module) -> str | None:
         if param.grad is not None:
             return f"parameter {name!r} has a gradient already; shard before the first backward."
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
+        if hasattr(module, "peft_config") or isinstance(getattr(module, "base_layer", None), nn.Module):
             return (
-                f"module {name!r} carries an adapter (PEFT), which tensor parallelism does not support yet; "
+                f"{name or 'the model'} carries an adapter (PEFT), which tensor parallelism does not support yet; "
                 "train the full model or use tp_size 1."
             )
         if type(module).__name__ == "OptimizedModule":

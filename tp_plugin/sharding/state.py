@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan
@@ -38,7 +39,7 @@ class Sharding:
     equalised: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict) -> Sharding:
-        return self  # process groups cannot be copied, and a copied model lies on the same ranks
+        raise TensorParallelError("a sharded model cannot be copied; copy it before sharding.")
 
     def numel(self, rank: int) -> int:
         """Parameters that ``rank`` of the TP group holds."""

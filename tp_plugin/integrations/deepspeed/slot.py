@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.module_inject import auto_ep_layer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.tensor_parallel import init_utils
 from deepspeed.utils import groups
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.deepspeed import export, norm
-from tp_plugin.integrations.deepspeed.refuse import refuse_before_engine, refuse_in_engine
+from tp_plugin.integrations.deepspeed import cpu, export, norm
+from tp_plugin.integrations.deepspeed.refuse import refuse_after_engine, refuse_before_engine, refuse_in_engine
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import shard_in_place, state_of
+from tp_plugin.sharding import Sharding, shard_in_place
 
 _PATCHES = Patches()
+_ANNOUNCED: weakref.WeakSet[Sharding] = weakref.WeakSet()  # a model may meet several engines, early sharded or not
 _DEFAULT: TensorParallelConfig | None = None
 
 
@@ -38,6 +42,7 @@ def install(default: TensorParallelConfig | None = None) -> None:
     check_contracts()
     _PATCHES.replace(DeepSpeedEngine, "_apply_autotp_partitioning", lambda _original: _slot)
     _PATCHES.replace(deepspeed, "initialize", _checked)
+    cpu.install(_PATCHES)
     norm.install(_PATCHES)
     export.install(_PATCHES)
 
@@ -54,8 +59,12 @@ def check_contracts() -> None:
     contract(DeepSpeedEngine, "autotp_size", [], "the slot reads the tensor-parallel degree from it")
     contract(groups, "get_tensor_model_parallel_group", [], "the slot shards over this group")
     contract(groups, "get_data_parallel_group", [], "the slot's mesh has this data-parallel group")
+    contract(groups, "get_tensor_model_parallel_world_size", [], "a second engine must ask for the same degree")
     contract(groups, "_init_tp_mesh_device", ["tensor_model_parallel_size"], "it makes the groups the slot uses")
+    contract(auto_ep_layer, "ReplacementSourceMap", [], "the slot returns one, empty")
+    contract(init_utils, "load_ds_config", ["config"], "a config given as a file is read as DeepSpeed reads it")
     contract(deepspeed, "initialize", ["args", "model", "optimizer"], "configurations are checked before it runs")
+    cpu.check_contracts()
     norm.check_contracts()
     export.check_contracts()
 
@@ -80,15 +89,15 @@ def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def initialize(*args: Any, **kwargs: Any) -> Any:
         refuse_before_engine(signature.bind(*args, **kwargs).arguments, options_of)
-        return original(*args, **kwargs)
+        found = original(*args, **kwargs)
+        refuse_after_engine(found[0])
+        return found
 
     return initialize
 
 
 def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
     """What the engine calls instead of AutoTP's own partitioning. Idempotent: a sharded model is left as it is."""
-    from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap
-
     error, config = None, None
     try:
         config = options_of(engine._config._param_dict)
@@ -102,9 +111,8 @@ def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
         error = str(refused)
     agree(error)
     assert config is not None
-    refuse_in_engine(engine, model)
+    refuse_in_engine(engine, model, config.tp_size)
     mesh = ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
-    fresh = state_of(model) is None
     record = shard_in_place(model, config, mesh)
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     # our own guard compares batches, at intervals and without pickling them
@@ -114,8 +122,18 @@ def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
     engine._config.train_batch_size = (
         engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * mesh.dp_size
     )
+    _announce(record, engine, config.quiet)
+    return auto_ep_layer.ReplacementSourceMap()
+
+
+def _announce(record: Sharding, engine: DeepSpeedEngine, quiet: bool) -> None:
+    """Say once a model what was done and what is doubtful; a collective call."""
+    mesh = record.mesh
+    if record in _ANNOUNCED:
+        return
+    _ANNOUNCED.add(record)
     spanned = mesh.hosts_spanned()
-    if fresh and dist.get_rank() == 0 and not config.quiet:
+    if dist.get_rank() == 0 and not quiet:
         print(record.summary(engine.zero_optimization_stage()), flush=True)
         if record.equalised:
             print(
@@ -123,10 +141,9 @@ def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
                 "(were they seeded differently?); all ranks now have those of its rank 0.",
                 flush=True,
             )
-    if fresh and spanned > 1 and mesh.tp_rank == 0:
+    if spanned > 1 and mesh.tp_rank == 0:
         print(
             f"tp_plugin: WARNING: the tensor-parallel group of rank {dist.get_rank()} spans {spanned} hosts; every "
             "layer waits for the network. Choose autotp_size at most the number of GPUs of a host.",
             flush=True,
         )
-    return ReplacementSourceMap()
