@@ -1,0 +1,123 @@
+"""``make quickstart`` as a user sees it, and the same recipe from the deepspeed launcher."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from tests.support.ranks import ROOT
+
+RECIPE = yaml.safe_load((ROOT / "recipes/quickstart/train.yaml").read_text())
+SUMMARY = re.compile(
+    r"tp=2 dp=2 ZeRO-1, 28/28 linears sharded, embedding and head vocab-parallel, (\d+)% of the parameters per rank"
+)
+
+
+def launch(command: list[str], *, timeout_s: float = 500) -> str:
+    """Everything a command of this environment printed; fails when the command does."""
+    bin_folder = Path(sys.executable).parent
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(bin_folder / command[0]), *command[1:]],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+def quickstart_command() -> list[str]:
+    """What the Makefile runs, word for word."""
+    done = subprocess.run(["make", "--dry-run", "--silent", "quickstart"], cwd=ROOT, capture_output=True, text=True)
+    (line,) = re.findall(r"OMP_NUM_THREADS=1 \S*/(accelerate launch (?:.|\n)*?train\.yaml)$", done.stdout, re.M)
+    return shlex.split(line.replace("\\\n", " "))
+
+
+def into(folder: Path) -> list[str]:
+    return [f"output_dir={folder}", f"model.path={folder}/from"]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, launch([*quickstart_command(), *into(folder)])
+
+
+def test_it_says_what_was_sharded_and_no_rank_holds_more_than_52_percent(quickstart):
+    _, log = quickstart
+    (percent,) = SUMMARY.findall(log)
+    assert int(percent) <= 52
+    assert RECIPE["tokenizer"]["build_vocab_size"] % 2, "the vocabulary is one that tp does not divide"
+
+
+def test_the_loss_falls_by_two_nats_from_about_ln_v(quickstart):
+    _, log = quickstart
+    (report,) = re.findall(
+        r"^200 steps in \d+ s, loss ([\d.]+) -> ([\d.]+), held-out loss ([\d.]+) -> ([\d.]+)$", log, re.M
+    )
+    first, last, first_held_out, last_held_out = map(float, report)
+    uniform = math.log(RECIPE["tokenizer"]["build_vocab_size"])
+    assert first == pytest.approx(uniform, abs=0.5)
+    assert first_held_out == pytest.approx(uniform, abs=0.5)
+    assert first - last >= 2
+    assert first_held_out - last_held_out >= 2
+    assert "100%|" in log, "a progress bar"
+
+
+def test_plain_transformers_loads_the_result_with_the_same_logits(quickstart):
+    folder, log = quickstart
+    (found,) = re.findall(
+        r"plain transformers in one process: loss ([\d.]+), sharded ([\d.]+); "
+        r"logits differ by at most ([\d.e+-]+) of ([\d.]+)",
+        log,
+    )
+    plain, sharded, difference, largest = map(float, found)
+    assert plain == pytest.approx(sharded, rel=1e-5)
+    assert difference <= 1e-5 * largest
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.vocab_size == RECIPE["tokenizer"]["build_vocab_size"]
+    assert model.config.use_cache, "switched off for training only"
+
+
+def test_it_ends_with_a_sample_of_the_prompt_by_that_model(quickstart):
+    folder, log = quickstart
+    sample = log.split("a sample from it:\n")[1]
+    assert sample.startswith(RECIPE["sample"]["prompt"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+
+
+def test_the_deepspeed_launcher_runs_the_same_recipe(tmp_path, quickstart):
+    command = "deepspeed --num_gpus 4 --master_port 0 --module tp_plugin.finetune recipes/quickstart/train.yaml".split()
+    command[command.index("0")] = str(free_port())
+    log = launch([*command, *into(tmp_path), "training.max_steps=2", "training.logging_steps=1"])
+    assert SUMMARY.search(log)
+
+    def first_loss(text: str) -> str:
+        return re.findall(r"'loss': '?([\d.]+)", text)[0]
+
+    assert first_loss(log) == first_loss(quickstart[1]), "the same model on the same batch"
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 1e6
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
