@@ -5,6 +5,7 @@ Started by ``tests.support.ranks``; speaks pickles over the socket whose file de
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import pickle
@@ -34,7 +35,13 @@ WARM = (  # what nearly every test uses; torch._dynamo alone takes seconds and i
 GRACE_S = 30.0  # how long ranks may go on after one of them has failed before they count as hung
 
 
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that was killed: orphans would run on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def serve(connection: Connection) -> None:
+    die_with_parent()
     for name in WARM:
         importlib.import_module(name)
     while True:
@@ -66,7 +73,7 @@ def launch(
 def _child(rank, world, port, folder, module, function, args, kwargs, env) -> None:
     code = 1
     try:
-        os.setpgrp()
+        die_with_parent()
         log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
