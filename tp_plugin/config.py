@@ -96,7 +96,12 @@ class TensorParallelConfig:
                 config = typing.cast(Mapping[str, Any], json.loads(Path(config).read_text()))
             except (OSError, json.JSONDecodeError) as failure:
                 raise TensorParallelError(f"cannot read the DeepSpeed config {str(config)!r}: {failure}") from failure
-        size = (config.get("tensor_parallel") or {}).get("autotp_size", 1)
+        section = config.get("tensor_parallel") or {}
+        if not isinstance(section, Mapping):
+            raise TensorParallelError(
+                f'tensor_parallel in the DeepSpeed config must be like {{"autotp_size": 2}}, got {section!r}.'
+            )
+        size = section.get("autotp_size", 1)
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise TensorParallelError(f"tensor_parallel.autotp_size must be a whole number of ranks, got {size!r}.")
         return cls.from_dict(config.get(BLOCK, {}), tp_size=max(size, 1))

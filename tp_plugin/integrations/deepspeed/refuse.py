@@ -5,10 +5,12 @@ The table of what works is docs/compatibility.md; every sentence here has its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
@@ -16,7 +18,11 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.mesh import ParallelMesh, check_world
 from tp_plugin.sharding import state_of
 
-NOT_ELEMENTWISE = ("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac")
+NOT_ELEMENTWISE = (
+    *("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac", "lomo", "adammini", "sm3"),
+    *("prodigy", "dadapt", "dion", "came"),
+)
+"""Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
 
 
@@ -33,11 +39,24 @@ def refuse_before_engine(arguments: Mapping[str, Any], options_of: Callable[[dic
     options = options_of(config)
     model, mpu = arguments.get("model"), arguments.get("mpu")
     record = state_of(model)
-    if isinstance(mpu, ParallelMesh) and record is not None:
-        _refuse_config(config, mpu.tp_size, arguments)
+    if isinstance(mpu, ParallelMesh):
+        if record is None or record.mesh.tp_size != mpu.tp_size:
+            raise TensorParallelError(
+                f"mpu= is a mesh of {mpu.tp_size} tensor-parallel ranks and the model is not sharded over it; call "
+                "tp_plugin.shard_model(model, ...) first and pass mpu=record.mesh of the record it returns."
+            )
         if options.tp_size not in (1, mpu.tp_size):
-            raise TensorParallelError("pass either mpu= or tensor_parallel.autotp_size, not two different degrees.")
+            raise TensorParallelError(
+                f"mpu= has {mpu.tp_size} tensor-parallel ranks and tensor_parallel.autotp_size is {options.tp_size}; "
+                "leave autotp_size out, or set it to the same."
+            )
+        _refuse_config(config, mpu.tp_size, arguments)
         return
+    if mpu is not None and options.tp_size > 1:
+        raise TensorParallelError(
+            f"tensor_parallel.autotp_size makes the process groups itself, and mpu= brings others "
+            f"({type(mpu).__name__}); leave mpu= out, or pass the mesh that tp_plugin.shard_model returns."
+        )
     if record is not None and record.mesh.tp_size != options.tp_size:
         raise TensorParallelError(
             f"the model is sharded {record.mesh.tp_size} ways and tensor_parallel.autotp_size is {options.tp_size}: "
@@ -61,40 +80,82 @@ def _loaded(raw: Any) -> dict[str, Any]:
 
 
 def _refuse_config(config: Mapping[str, Any], tp: int, arguments: Mapping[str, Any]) -> None:
+    if not dist.is_initialized() and {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        _initialise(arguments)
     check_world(tp)
-    zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
     if config.get("train_batch_size") is not None:
         raise TensorParallelError(
             "train_batch_size in the DeepSpeed config counts every rank, tensor-parallel ones too, so the batch would "
             f"be {tp} times smaller than it says; remove it and set train_micro_batch_size_per_gpu and "
             "gradient_accumulation_steps."
         )
-    for reason, found in (
-        ("mesh_param (Ulysses sequence parallelism) averages over tensor-parallel ranks", arguments.get("mesh_param")),
-        ("sequence_parallel_size (Ulysses) has no process groups beside tensor parallelism", _above_one(config)),
-        ("ZeRO++ quantised weights or gradients", _any(zero, "zero_quantized_weights", "zero_quantized_gradients")),
-        (
-            "hpZ (zero_hpz_partition_size) partitions over tensor-parallel ranks",
-            zero.get("zero_hpz_partition_size", 1) > 1,
-        ),
-        ("MiCS (mics_shard_size) partitions over tensor-parallel ranks", zero.get("mics_shard_size", -1) > 0),
-        ("DeepSpeed expert parallelism (expert_parallel)", (config.get("expert_parallel") or {}).get("enabled")),
-        ("DeepCompile", (config.get("compile") or {}).get("deepcompile")),
-        ("ZenFlow", zero.get("zenflow")),
-        ("the hybrid engine", (config.get("hybrid_engine") or {}).get("enabled")),
-        ("DeepSpeed pipeline parallelism", _is_pipeline(arguments.get("model"))),
-    ):
-        if found:
-            raise TensorParallelError(f"{reason} does not combine with tensor parallelism here; switch it off.")
+    for feature, key in _features(config, arguments):
+        raise TensorParallelError(f"{feature} does not combine with tensor parallelism; remove {key}.")
+    zero = _section(config, "zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        if _section(zero, key).get("device") == "nvme":
+            raise TensorParallelError(
+                f"{key} to NVMe is not supported under tensor parallelism; set its device to cpu, which is."
+            )
     _refuse_optimizer(config, arguments.get("optimizer"))
-    precision = next((name for name in ("fp16", "bf16") if (config.get(name) or {}).get("enabled") is True), None)
     has_optimizer = arguments.get("optimizer") is not None or config.get("optimizer") is not None
-    if stage == 0 and precision and has_optimizer:
-        raise TensorParallelError(
-            f"{precision} at ZeRO stage 0 computes a wrong gradient norm under tensor parallelism inside DeepSpeed; "
-            'set "zero_optimization": {"stage": 1}, which costs nothing.'
-        )
+    if int(zero.get("stage") or 0) == 0 and has_optimizer:
+        for name in ("fp16", "bf16", "bfloat16"):
+            if _section(config, name).get("enabled") is True:
+                raise TensorParallelError(
+                    f"{name} at ZeRO stage 0 computes a wrong gradient norm under tensor parallelism inside DeepSpeed; "
+                    'set "zero_optimization": {"stage": 1}, which costs nothing.'
+                )
+        autocast = _section(config, "torch_autocast")
+        if autocast.get("enabled") is True and "16" in str(autocast.get("dtype")) and "b" not in str(autocast["dtype"]):
+            raise TensorParallelError(
+                "torch_autocast in float16 at ZeRO stage 0 lets each tensor-parallel rank decide alone to skip a step; "
+                'set "zero_optimization": {"stage": 1}, which costs nothing, or use bfloat16.'
+            )
+
+
+def _features(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is switched on and does not combine, and the key or argument that switches it on."""
+    zero = _section(config, "zero_optimization")
+    if arguments.get("mesh_param") is not None:
+        yield "Ulysses sequence parallelism, which would average over tensor-parallel ranks,", "mesh_param"
+    if _number(config.get("sequence_parallel_size")) > 1:
+        yield "Ulysses sequence parallelism", "sequence_parallel_size"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            yield "ZeRO++ quantisation", f"zero_optimization.{key}"
+    if _number(zero.get("zero_hpz_partition_size")) > 1:
+        yield "hpZ, which would partition over tensor-parallel ranks,", "zero_optimization.zero_hpz_partition_size"
+    if _number(zero.get("mics_shard_size")) > 0:
+        yield "MiCS, which would partition over tensor-parallel ranks,", "zero_optimization.mics_shard_size"
+    if zero.get("zenflow"):
+        yield "ZenFlow", "zero_optimization.zenflow"
+    if _section(zero, "offload_optimizer").get("super_offload"):
+        yield "SuperOffload", "zero_optimization.offload_optimizer.super_offload"
+    for feature, block, key in (
+        ("DeepSpeed's expert parallelism", "expert_parallel", "enabled"),
+        ("DeepCompile", "compile", "deepcompile"),
+        ("the hybrid engine", "hybrid_engine", "enabled"),
+        ("DeepSpeed's data efficiency library (random-LTD, curriculum)", "data_efficiency", "enabled"),
+    ):
+        if _section(config, block).get(key):
+            yield feature, f"{block}.{key}"
+    if config.get("weight_quantization"):
+        yield "weight quantisation", "weight_quantization"
+    if _is_pipeline(arguments.get("model")):
+        yield "DeepSpeed's pipeline parallelism", "PipelineModule and pass the plain model"
+
+
+def _initialise(arguments: Mapping[str, Any]) -> None:
+    """The process group, as ``deepspeed.initialize`` makes it in a moment: the world's size is asked before that."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=arguments.get("distributed_port", 29500),
+        dist_init_required=arguments.get("dist_init_required"),
+    )
 
 
 def _refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
@@ -110,32 +171,45 @@ def _refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
             raise TensorParallelError(
                 f"the 1-bit optimizer {name} compresses over ranks that hold different shards; use AdamW."
             )
-        if any(plain.startswith(kind) for kind in NOT_ELEMENTWISE):
+        if any(kind in plain for kind in NOT_ELEMENTWISE):
             raise TensorParallelError(
-                f"the optimizer {name} looks at a whole weight matrix and would see a shard of it; use an elementwise "
+                f"the optimizer {name} looks at whole weight matrices and would see shards of them; use an elementwise "
                 "one (AdamW, Adam, SGD, Lion, Adagrad)."
             )
 
 
-def refuse_in_engine(engine: Any, model: nn.Module) -> None:
-    """Check what only the engine knows, in the slot; a collective call, raises on every rank together."""
+def refuse_in_engine(engine: Any, model: nn.Module, tp: int) -> None:
+    """Check again in the slot, with what only the engine knows; a collective call, raises on every rank together.
+
+    ``deepspeed.initialize`` may have been imported by name before :func:`tp_plugin.register` put the first check there.
+    """
     error = None
-    if getattr(engine, "mesh_device", None) is not None:
-        error = "mesh_param (Ulysses sequence parallelism) averages over tensor-parallel ranks; leave it out."
-    elif getattr(model, "use_kernels", False):
-        error = (
-            "the model was loaded with use_kernels=True, whose replaced forwards bypass sharded layers; "
-            "load it without."
-        )
+    try:
+        arguments = {"model": model, "optimizer": engine.client_optimizer, "mesh_param": engine.mesh_device}
+        _refuse_config(engine._config._param_dict, tp, arguments)
+        if getattr(model, "use_kernels", False):
+            error = (
+                "the model was loaded with use_kernels=True, whose replaced forwards bypass sharded layers; "
+                "load it without."
+            )
+    except TensorParallelError as refused:
+        error = str(refused)
     agree(error)
 
 
-def _any(options: Mapping[str, Any], *names: str) -> bool:
-    return any(options.get(name) for name in names)
+def refuse_after_engine(engine: Any) -> None:
+    """Check the optimizer that a callable has made in the meantime."""
+    if state_of(getattr(engine, "module", None)) is not None:
+        _refuse_optimizer({}, getattr(engine, "basic_optimizer", None))
 
 
-def _above_one(config: Mapping[str, Any]) -> bool:
-    return int(config.get("sequence_parallel_size") or 1) > 1
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) else 0
 
 
 def _is_pipeline(model: Any) -> bool:
