@@ -1,0 +1,158 @@
+"""Accelerate's ways to lose DeepSpeed or tensor parallelism: refused in one sentence on every rank, or made right."""
+
+import json
+
+import pytest
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+import tp_plugin.integrations.accelerate as integration
+from tests.support.ranks import errors_on_ranks, on_ranks
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {"stage": 1},
+    "tensor_parallel": {"autotp_size": 2},
+}
+PARALLELISM = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """The environment that ``accelerate launch`` makes for DeepSpeed."""
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+
+
+def make(**how):
+    integration.install()
+    if how.pop("parallelism", False):
+        how["parallelism_config"] = ParallelismConfig(tp_size=2)
+    if "plugin" in how:
+        how["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=how.pop("plugin"))
+    accelerator = Accelerator(**how)
+    return accelerator.distributed_type, accelerator.num_processes, accelerator.device.type
+
+
+def test_deepspeed_on_cpu_knows_its_processes(launched):
+    assert on_ranks(2, make, env=launched) == [(DistributedType.DEEPSPEED, 2, "cpu")] * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "env"),
+    [({}, PARALLELISM), ({"parallelism": True}, {}), ({"parallelism": True, "plugin": CONFIG}, {})],
+    ids=["environment", "argument", "plugin"],
+)
+def test_a_parallelism_config_beside_deepspeed_is_refused(launched, how, env):
+    errors = errors_on_ranks(2, make, env=({} if "plugin" in how else launched) | env, **how)
+    for error in errors:
+        assert '"tensor_parallel": {"autotp_size": 2} in the DeepSpeed config' in error
+
+
+@pytest.mark.parametrize(("how", "env"), [({"cpu": True}, {}), ({}, {"ACCELERATE_USE_CPU": "true"})])
+def test_dropping_deepspeed_is_refused(launched, how, env):
+    for error in errors_on_ranks(2, make, env=launched | env, **how):
+        assert "accelerate has dropped DeepSpeed" in error
+        assert "remove cpu=True" in error
+
+
+def trainer_arguments(**how):
+    from transformers import TrainingArguments
+
+    integration.install()
+    made = TrainingArguments("unused", report_to="none", **how)
+    return made.distributed_state.distributed_type, made.world_size
+
+
+def test_training_arguments_with_use_cpu_keep_deepspeed(launched):
+    """bf16 on CPU cannot be had without use_cpu."""
+    expected = [(DistributedType.DEEPSPEED, 2)] * 2
+    assert on_ranks(2, trainer_arguments, env=launched, use_cpu=True, bf16=True) == expected
+
+
+# ---- where tensor parallelism is off, nothing changes ----------------------------------------------------------------
+
+
+def without(**how):
+    """What an Accelerator without tensor parallelism answers, with our patches and without."""
+    import torch
+
+    answers = []
+    for patched in (False, True):
+        if patched:
+            integration.install()
+        accelerator = Accelerator(**how)
+        mine = torch.tensor([accelerator.process_index + 1.0])
+        answers.append(
+            (
+                accelerator.distributed_type,
+                accelerator.num_processes,
+                accelerator.gather(mine).tolist(),
+                accelerator.gather_for_metrics(["a"]),
+                accelerator.reduce(mine, "sum").tolist(),
+                accelerator.reduce(mine, "mean").tolist(),
+            )
+        )
+    return answers
+
+
+def test_without_deepspeed_nothing_changes():
+    for before, after in on_ranks(2, without, cpu=True):
+        assert before == after
+        assert before[2] == [1, 2]
+
+
+def test_deepspeed_without_tensor_parallelism_counts_every_process(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG | {"tensor_parallel": {"autotp_size": 1}}))
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    assert on_ranks(2, collected, env=env) == [([1, 2], ["a", "a"], [3], [1.5])] * 2
+
+
+def collected():
+    import torch
+
+    integration.install()
+    accelerator = Accelerator()
+    mine = torch.tensor([accelerator.process_index + 1.0])
+    return (
+        accelerator.gather(mine).tolist(),
+        accelerator.gather_for_metrics(["a"]),
+        accelerator.reduce(mine, "sum").tolist(),
+        accelerator.reduce(mine, "mean").tolist(),
+    )
+
+
+def test_cpu_without_tensor_parallelism_still_means_ddp(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG | {"tensor_parallel": {"autotp_size": 1}}))
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    kinds = [kind for kind, *_ in on_ranks(2, make, env=env, cpu=True)]
+    assert kinds == [DistributedType.MULTI_CPU] * 2
+
+
+def owners():
+    """Every class and module our patches touch."""
+    import accelerate.accelerator
+    import accelerate.data_loader
+    import accelerate.scheduler
+    import accelerate.utils.random
+    import deepspeed
+    from accelerate.state import PartialState
+    from transformers import Trainer
+
+    modules = [accelerate.accelerator, accelerate.scheduler, accelerate.utils.random, deepspeed]
+    return [*modules, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, Trainer]
+
+
+def test_installing_twice_and_uninstalling_leaves_no_trace():
+    import tp_plugin.integrations.transformers as trainer_side
+
+    before = [dict(vars(owner)) for owner in owners()]
+    for part in (integration, trainer_side):
+        part.install()
+        part.install()
+    assert [dict(vars(owner)) for owner in owners()] != before
+    for part in (integration, trainer_side):
+        part.uninstall()
+        part.uninstall()
+    assert [dict(vars(owner)) for owner in owners()] == before
