@@ -44,6 +44,10 @@ CASES: dict[tuple[int, int], list[dict]] = {
         *[{"family": "Qwen3", "stage": 1, "heads": (12, 3), "optimizer": name} for name in ("adamw", "sgd")],
         {"family": "Llama", "stage": 3, "heads": (8, 2), "tied": True},
     ],
+    (8, 4): [
+        *[{"family": "Qwen3", "stage": stage, "heads": heads}
+          for stage, heads in zip((0, 1, 2, 3), ((8, 4), (12, 3), (8, 2), (4, 1)), strict=True)],
+    ],
 }  # fmt: skip
 
 
@@ -63,12 +67,12 @@ def launched(world: int, tp: int) -> list[list[dict[str, float] | str]]:
     return on_ranks(world, run_cases, tp, CASES[world, tp], timeout_s=900)
 
 
-def _name(case: dict) -> str:
+def name_of(case: dict) -> str:
     return "-".join(str(value).replace(" ", "") for value in case.values())
 
 
 PARAMETERS = [
-    pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-{_name(case)}")
+    pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-{name_of(case)}")
     for (world, tp), cases in CASES.items()
     for index, case in enumerate(cases)
 ]

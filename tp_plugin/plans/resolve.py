@@ -251,7 +251,7 @@ def _check_forgotten(
     for region in regions:
         for name in whole:
             owner = name.rpartition(".")[0]
-            inside = owner == region.block or owner.startswith(f"{region.block}.")
+            inside = owner == region.block or owner.startswith(f"{region.block}.") if region.block else "." not in owner
             if inside and owner not in placements and owner not in matched:
                 raise TensorParallelError(
                     f"parameter {name!r} lies inside the sharded block {region.block!r} and no rule says what it acts "

@@ -1,0 +1,52 @@
+"""Heads dealt to ranks: every head computed once, KV heads where their query heads are, one ratio everywhere."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.plans.heads import deal_heads
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+def test_every_query_head_meets_its_kv_head(kvs, group, tp):
+    queries = kvs * group
+    try:
+        dealt = deal_heads(queries, kvs, tp)
+    except TensorParallelError as refused:
+        # what is named as working must work
+        works = str(refused).rpartition("from [")[2].rstrip("].").split(", ")
+        for degree in map(int, works):
+            deal_heads(queries, kvs, degree)
+        assert str(tp) not in works
+        return
+    assert [q for rank in dealt.queries for q in rank] == list(range(queries))
+    assert set(range(kvs)) == {kv for rank in dealt.kvs for kv in rank}
+    for own, held, repeats in zip(dealt.queries, dealt.kvs, dealt.repeats, strict=True):
+        assert len(set(held)) == len(held), "a rank stores each KV head once"
+        used = [kv for kv, n in zip(held, repeats, strict=True) for _ in range(n)]
+        # what attention does: query head i of this rank uses KV head i // ratio of this rank
+        assert [used[i // dealt.ratio] for i in range(len(own))] == [q // group for q in own]
+        assert len(own) == len(used) * dealt.ratio
+
+
+@pytest.mark.parametrize(
+    ("queries", "kvs", "tp", "held", "ratio"),
+    [
+        (8, 4, 2, [[0, 1], [2, 3]], 2),
+        (4, 1, 2, [[0], [0]], 2),
+        (8, 2, 4, [[0], [0], [1], [1]], 2),
+        (6, 3, 2, [[0, 1], [1, 2]], 1),
+        (12, 3, 4, [[0], [0, 1], [1, 2], [2]], 1),
+        (9, 3, 2, [[0, 1], [2]], 3),  # tp does not divide the query heads: whole groups, unevenly
+    ],
+)
+def test_examples(queries, kvs, tp, held, ratio):
+    dealt = deal_heads(queries, kvs, tp)
+    assert [list(rank) for rank in dealt.kvs] == held
+    assert dealt.ratio == ratio
+
+
+def test_what_cannot_keep_a_ratio_names_the_degrees_that_would():
+    with pytest.raises(TensorParallelError, match=r"attn: 6 query and 2 .* 4 ways .* from \[1, 2, 3, 6\]"):
+        deal_heads(6, 2, 4, where="attn")

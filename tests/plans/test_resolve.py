@@ -1,0 +1,140 @@
+"""Plans of real architectures, and what is refused before anything is touched."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.models import FAMILIES, make
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.plans import plan_for, register_family
+from tp_plugin.plans.from_transformers import DENSE_STYLES
+from tp_plugin.plans.plan import STYLES
+from tp_plugin.plans.registry import _FAMILIES
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_a_family_is_placed(family, tied):
+    model = make(family, tied=tied)
+    plan = plan_for(model, 2)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(plan.names("column", "row", "vocab_head")) == sorted(linears)
+    assert plan.names("vocab_embedding") == ["model.embed_tokens"]
+    assert all("norm" in name or name.endswith(("o_proj.bias", "down_proj.bias")) for name in plan.replicated)
+    assert len(plan.regions) == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Gemma3"])
+def test_norms_on_sharded_heads_have_partial_gradients(family):
+    assert plan_for(make(family), 2).names("partial") == [
+        f"model.layers.{layer}.self_attn.{which}_norm" for layer in (0, 1) for which in "qk"
+    ]
+
+
+def test_a_plan_needs_no_weights():
+    with torch.device("meta"):
+        model = make.__globals__["transformers"].LlamaForCausalLM(make("Llama").config)
+    assert plan_for(model, 2) == plan_for(make("Llama"), 2)
+
+
+def test_describe_folds_layers_and_lists_what_is_replicated():
+    text = plan_for(make("Qwen2"), 2).describe()
+    assert "model.layers.*.self_attn.q_proj  column           x2    (HF plan)" in text
+    assert "replicated on every rank: model.layers.*.input_layernorm.weight" in text
+    assert "layers.0" not in text
+
+
+class Block(nn.Module):
+    def __init__(self, extra: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 10), nn.Linear(10, 4)
+        if extra:
+            self.middle = nn.LayerNorm(10)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(4, 20), nn.Linear(10, 4)
+        self.tp_plan = {"gate_up": "packed_colwise", "down": "rowwise"}
+
+
+RULES = {"up": "column", "down": "row"}
+
+
+def test_your_own_rules_shard_your_own_module():
+    plan = plan_for(Block(), 3, RULES)
+    assert plan.placements["up"].layouts["weight"].parts == (((0, 4),), ((4, 7),), ((7, 10),))
+    assert plan.placements["down"].layouts["weight"].dim == 1
+    assert plan.replicated == ("down.bias",)
+
+
+def test_packed_blocks_are_cut_each():
+    assert plan_for(Packed(), 2).placements["gate_up"].layouts["weight"].parts == (
+        ((0, 5), (10, 15)),
+        ((5, 10), (15, 20)),
+    )
+
+
+def test_a_registered_family_replaces_the_hf_plan():
+    model = make("Llama")
+    mlp = {"model.layers.*.mlp.up_proj": "column_gather", "model.layers.*.mlp.gate_proj": "column_gather"}
+    register_family("llama")(lambda _model: mlp)
+    try:
+        plan = plan_for(model, 2)
+    finally:
+        del _FAMILIES["llama"]
+    assert plan.names("column", "row") == []
+    assert len(plan.names("column_gather")) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "rules", "message"),
+    [
+        (Block(), {}, "nothing of Block would be sharded"),
+        (Block(), {"up": "column"}, "needs at least one column and exactly one row"),
+        (Block(), {"down": "row"}, "needs at least one column and exactly one row"),
+        (Block(), RULES | {"dwon": "row"}, "'dwon': row hits no module; did you mean 'down'"),
+        (Block(), {"up": "colum", "down": "row"}, "unknown style 'colum'"),
+        (Block(extra=True), RULES, "'middle.weight' lies inside the sharded block"),
+        (Packed(), {"gate_up": "column", "down": "row"}, "do not belong together"),
+    ],
+)
+def test_plans_that_would_be_wrong_are_refused(module, rules, message):
+    with pytest.raises(TensorParallelError, match=message):
+        plan_for(module, 2, rules)
+
+
+def test_more_ranks_than_features_are_refused():
+    with pytest.raises(TensorParallelError, match="10 features to shard, fewer than the 11 ranks"):
+        plan_for(Block(), 11, RULES)
+
+
+def test_a_forgotten_norm_is_allowed_once_a_rule_speaks_of_it():
+    for style in ("partial", "replicated"):
+        assert plan_for(Block(extra=True), 2, RULES | {"middle": style})
+
+
+def test_an_hf_style_we_do_not_know_is_named():
+    model = Packed()
+    model.tp_plan = {"gate_up": "moe_tp_experts"}
+    with pytest.raises(TensorParallelError, match="'gate_up' in style 'moe_tp_experts', which is not supported"):
+        plan_for(model, 2)
+    assert set(DENSE_STYLES.values()) <= set(STYLES)
+
+
+def test_tied_modules_must_agree():
+    model = make("Llama", tied=True)
+    with pytest.raises(TensorParallelError, match="one tied parameter"):
+        plan_for(model, 2, {"lm_head": "replicated"})
+
+
+def test_a_forward_that_is_not_a_linears_is_refused():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    block = Block()
+    block.up = Odd(4, 10)
+    with pytest.raises(TensorParallelError, match="does not call super"):
+        plan_for(block, 2, RULES)
