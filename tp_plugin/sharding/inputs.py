@@ -52,11 +52,12 @@ class InputGuard:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         kinds = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
-        content = torch.zeros((), dtype=torch.int64, device=device)
+        plain = [leaf for leaf in leaves if isinstance(leaf, int | float | str)]
+        content = _print_of(str(plain)).to(device)
         for tensor in tensors:
             content = content * 31 + fingerprint(tensor).to(device)
-        description = torch.frombuffer(bytearray(f"{kinds}{structure}".encode()), dtype=torch.uint8)
-        mine = torch.stack([content, fingerprint(description).to(device), _generators_print(model).to(device)])
+        description = _print_of(f"{kinds}{structure}").to(device)
+        mine = torch.stack([content, description, _generators_print(model).to(device)])
         found = torch.stack(all_gather(mine, self.mesh.tp_group, purpose=PURPOSE))
         differs = (found != found[0]).any(0)
         if not (draws_random_numbers(model) or any(hasattr(m, "neftune_noise_alpha") for m in model.modules())):
@@ -109,6 +110,10 @@ def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:
         broadcast_(value, mesh.tp_group, purpose="batch")
         out.append(value.to(device))
     return tree_unflatten(out, structure)
+
+
+def _print_of(text: str) -> torch.Tensor:
+    return fingerprint(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
 
 
 def _generators(model: nn.Module) -> list[torch.Generator]:

@@ -99,7 +99,7 @@ def _refuse_config(config: Mapping[str, Any], tp: int, arguments: Mapping[str, A
             )
     _refuse_optimizer(config, arguments.get("optimizer"))
     has_optimizer = arguments.get("optimizer") is not None or config.get("optimizer") is not None
-    if int(zero.get("stage") or 0) == 0 and has_optimizer:
+    if _number(zero.get("stage")) == 0 and has_optimizer:
         for name in ("fp16", "bf16", "bfloat16"):
             if _section(config, name).get("enabled") is True:
                 raise TensorParallelError(

@@ -1,0 +1,407 @@
+"""Bad input is refused on every rank with one clear sentence that names the fix, and nobody hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import tp_plugin
+from tests.support.cases import launched, sentence, values
+from tests.support.models import batch, make
+from tests.support.ranks import errors_on_ranks, on_ranks
+from tests.support.train import config_for, engine_for, optimizer_for
+
+
+def initialise(model: nn.Module | None = None, *, tp: int = 2, stage: int = 1, trained: bool = True, **config):
+    """An engine on a small Llama; ``config`` goes over the harness's DeepSpeed config."""
+    model = make("Llama") if model is None else model
+    return engine_for(model, optimizer_for(model, "adamw") if trained else None, config_for(tp, stage) | config)
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+# ---- what two ranks refuse, tp 2 -------------------------------------------------------------------------------------
+
+
+def heads_do_not_fit():
+    initialise(make("Llama", heads=(5, 1)))
+
+
+def nothing_to_shard():
+    initialise(nn.Sequential(nn.Linear(4, 4)))
+
+
+def rule_hits_nothing():
+    initialise(tp_plugin={"plan": {"model.layers.*.mlp.upproj": "column"}})
+
+
+def column_without_row():
+    initialise(Mlp(), tp_plugin={"plan": {"up": "column"}})
+
+
+def unknown_style():
+    initialise(Mlp(), tp_plugin={"plan": {"up": "colwise", "down": "row"}})
+
+
+def label_outside():
+    data = batch(0, 2)
+    data["labels"][1, 5] = 131
+    initialise()(**data)
+
+
+def token_outside():
+    data = batch(0, 2)
+    data["input_ids"][1, 5] = 131
+    initialise()(**data)
+
+
+def mesh_param():
+    model = make("Llama")
+    engine_for(model, optimizer_for(model, "adamw"), config_for(2, 1), mesh_param=(1, 2))
+
+
+def stage0_bf16():
+    initialise(stage=0, bf16={"enabled": True})
+
+
+def stage0_bfloat16():
+    initialise(stage=0, bfloat16={"enabled": True})
+
+
+def stage0_fp16():
+    config = {"fp16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    initialise(stage=0, trained=False, **config)
+
+
+def stage0_autocast_fp16():
+    initialise(stage=0, torch_autocast={"enabled": True, "dtype": "float16"})
+
+
+def unknown_key():
+    initialise(tp_plugin={"chek_batch_every": 1})
+
+
+def wrong_type():
+    initialise(tp_plugin={"quiet": "yes"})
+
+
+def block_no_object():
+    initialise(tp_plugin=["quiet"])
+
+
+def size_in_block():
+    initialise(tp_plugin={"tp_size": 2})
+
+
+def size_no_number():
+    initialise(tensor_parallel={"autotp_size": "two"})
+
+
+def section_no_object():
+    initialise(tensor_parallel=2)
+
+
+def block_without_degree():
+    initialise(tensor_parallel={"autotp_size": 1})
+
+
+def config_from_a_file():
+    config = config_for(2, 1) | {"tp_plugin": {"quite": True}}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(config, file)
+        file.flush()
+        engine_for(make("Llama"), None, file.name)
+
+
+def train_batch_size():
+    initialise(train_batch_size=4)
+
+
+def train_batch_size_that_contradicts():
+    initialise(train_batch_size=1000)  # DeepSpeed has an assertion for it; our sentence comes before
+
+
+def batches_differ_at_once():
+    initialise()(**batch(dist.get_rank(), 2))
+
+
+def batches_differ_in_shape():
+    initialise()(**batch(0, 2 + dist.get_rank()))
+
+
+def batches_differ_later():
+    engine = initialise()  # compared at every second forward
+    engine(**batch(0, 2))
+    engine(**batch(dist.get_rank(), 2))
+    engine(**batch(dist.get_rank(), 2))
+
+
+def batches_differ_in_evaluation():
+    engine = initialise()
+    engine.eval()
+    with torch.no_grad():
+        engine(**batch(dist.get_rank(), 2))
+
+
+def other_widths():
+    initialise(make("Llama", intermediate_size=53 + dist.get_rank()))
+
+
+def other_dtypes():
+    model = make("Llama")
+    initialise(model.to(torch.bfloat16 if dist.get_rank() else torch.float32))
+
+
+def early_without_degree():
+    model = make("Llama")
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True))
+    initialise(model, tensor_parallel={"autotp_size": 1})
+
+
+def mesh_of_another_model():
+    mesh = tp_plugin.ParallelMesh.create(2)
+    engine_for(make("Llama"), None, {"train_micro_batch_size_per_gpu": 1}, mpu=mesh)
+
+
+def foreign_mpu():
+    from deepspeed.utils import groups
+
+    engine_for(make("Llama"), None, config_for(2, 1), mpu=groups)
+
+
+def gradient_before():
+    model = make("Llama")
+    model(**batch(0, 2)).loss.backward()
+    initialise(model)
+
+
+def on_meta():
+    with torch.device("meta"):
+        initialise(Mlp(), trained=False, tp_plugin={"plan": {"up": "column", "down": "row"}})
+
+
+def compiled_before():
+    initialise(torch.compile(make("Llama"), backend="aot_eager"), trained=False)
+
+
+def two_degrees_given():
+    try:
+        tp_plugin.register(tp_plugin.TensorParallelConfig(tp_size=4))
+        import deepspeed
+
+        config = config_for(2, 1)
+        del config["tp_plugin"]
+        deepspeed.initialize(model=make("Llama"), config=config)
+    finally:
+        tp_plugin.register()
+
+
+TWO = {
+    "heads_do_not_fit": r"5 query and 1 key/value heads cannot be sharded 2 ways.*autotp_size from \[1, 5\]",
+    "nothing_to_shard": r"nothing of Sequential would be sharded.*'plan' of the tp_plugin block",
+    "rule_hits_nothing": r"hits no module; did you mean 'model\.layers\.\*\.mlp\.up_proj'\?",
+    "column_without_row": r"exactly one row, the plan gives it: column up; row none; complete the rules",
+    "unknown_style": r"unknown style 'colwise' for 'up'.*choose from column",
+    "label_outside": r"131.*vocabulary",
+    "mesh_param": r"Ulysses.*remove mesh_param",
+    "stage0_bf16": r'bf16 at ZeRO stage 0.*set "zero_optimization": {"stage": 1}',
+    "stage0_bfloat16": r'bfloat16 at ZeRO stage 0.*set "zero_optimization": {"stage": 1}',
+    "stage0_fp16": r'fp16 at ZeRO stage 0.*set "zero_optimization": {"stage": 1}',
+    "stage0_autocast_fp16": r'torch_autocast in float16.*set "zero_optimization": {"stage": 1}',
+    "unknown_key": r"unknown key 'chek_batch_every'.*did you mean 'check_batch_every'\?",
+    "wrong_type": r"'quiet' must be of type bool, got 'yes'; correct it in the 'tp_plugin' block",
+    "block_no_object": r"'tp_plugin' block.*must be an object",
+    "size_in_block": r"'tp_size' does not belong in the 'tp_plugin' block; set tensor_parallel\.autotp_size",
+    "size_no_number": r"autotp_size must be a whole number of ranks, got 'two'",
+    "section_no_object": r'must be like {"autotp_size": 2}, got 2',
+    "block_without_degree": r'no tensor_parallel\.autotp_size above 1.*add "tensor_parallel": {"autotp_size": N}',
+    "config_from_a_file": r"unknown key 'quite'.*did you mean 'quiet'\?",
+    "train_batch_size": r"train_batch_size.*remove it and set train_micro_batch_size_per_gpu",
+    "train_batch_size_that_contradicts": r"train_batch_size.*remove it and set train_micro_batch_size_per_gpu",
+    "batches_differ_at_once": r"different batches \(their values differ\).*broadcast_batch: true",
+    "batches_differ_in_shape": r"different batches \(their shapes differ\).*broadcast_batch: true",
+    "batches_differ_later": r"different batches \(their values differ\).*broadcast_batch: true",
+    "batches_differ_in_evaluation": r"different batches \(their values differ\).*broadcast_batch: true",
+    "other_widths": r"the ranks built different models.*build the same model on every rank",
+    "other_dtypes": r"the ranks built different models.*build the same model on every rank",
+    "early_without_degree": r"sharded 2 ways and tensor_parallel\.autotp_size is 1.*set autotp_size to 2",
+    "mesh_of_another_model": r"not sharded over it; call tp_plugin\.shard_model",
+    "foreign_mpu": r"mpu= brings others.*leave mpu= out",
+    "gradient_before": r"has a gradient already; shard before the first backward",
+    "on_meta": r"is on the meta device; load the weights before sharding",
+    "compiled_before": r"compiled already; compile it after sharding",
+    "two_degrees_given": r"register\(\) was given tp_size=4.*autotp_size=2; set it in the DeepSpeed config only",
+}
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_refuse(name):
+    assert re.search(TWO[name], sentence(launched(2, __name__, (*TWO, *ALLOWED_BY_TWO, "token_outside")), name))
+
+
+def test_token_ids_outside_the_vocabulary():
+    results = launched(2, __name__, (*TWO, *ALLOWED_BY_TWO, "token_outside"))
+    message = sentence(results, "token_outside", kind="IndexError")
+    assert message == "a token id lies outside the vocabulary of 131: ids go from 2 to 131" or "to 131" in message
+
+
+# ---- what two ranks do all the same ----------------------------------------------------------------------------------
+
+
+def broadcast_batch():
+    engine = initialise(tp_plugin={"broadcast_batch": True, "check_batch_every": 1, "quiet": True})
+    ours = engine(**batch(dist.get_rank(), 2 + dist.get_rank())).loss
+    return ours.item(), make("Llama")(**batch(0, 2)).loss.item()
+
+
+def never_compared():
+    engine = initialise(tp_plugin={"check_batch_every": 0, "quiet": True})
+    engine(**batch(0, 2))
+    return engine.module.tp_sharding.config.check_batch_every
+
+
+def different_batches_are_not_compared_between():
+    engine = initialise(tp_plugin={"check_batch_every": 3, "quiet": True})
+    for step in (0, 1, 2):
+        engine(**batch(step * dist.get_rank() if step < 3 else 0, 2))
+    return True
+
+
+ALLOWED_BY_TWO = ("broadcast_batch", "never_compared", "different_batches_are_not_compared_between")
+
+
+def test_the_first_ranks_batch_can_be_handed_to_the_group():
+    for ours, truth in values(launched(2, __name__, (*TWO, *ALLOWED_BY_TWO, "token_outside")), "broadcast_batch"):
+        assert ours == pytest.approx(truth, rel=1e-5)
+
+
+def test_batches_are_compared_only_as_often_as_asked():
+    results = launched(2, __name__, (*TWO, *ALLOWED_BY_TWO, "token_outside"))
+    assert values(results, "never_compared") == [0, 0]
+    assert values(results, "different_batches_are_not_compared_between") == [True, True]
+
+
+# ---- four ranks, tp 2 ------------------------------------------------------------------------------------------------
+
+
+def one_group_differs():
+    engine = initialise()
+    rank = dist.get_rank()
+    engine(**batch(1 if rank == 3 else 0, 2))  # the group of ranks 0 and 1 is fine
+
+
+def one_group_differs_later():
+    engine = initialise()
+    rank = dist.get_rank()
+    for step in (0, 1, 2):
+        engine.backward(engine(**batch(7 if step == 2 and rank == 3 else step, 2)).loss)
+        engine.step()
+
+
+def replicas_of_other_widths():
+    initialise(make("Llama", intermediate_size=53 + dist.get_rank() // 2))
+
+
+def two_engines_two_degrees():
+    initialise()
+    initialise(make("Llama", heads=(4, 4)), tp=4)
+
+
+def early_with_another_degree():
+    model = make("Llama", heads=(4, 4))
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True))
+    initialise(model, tp=4)
+
+
+def sharded_twice():
+    model = make("Llama", heads=(4, 4))
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True))
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=4, quiet=True))
+
+
+FOUR = {
+    "one_group_differs": r"different batches \(their values differ\)",
+    "one_group_differs_later": r"different batches \(their values differ\)",
+    "replicas_of_other_widths": r"the ranks built different models",
+    "two_engines_two_degrees": r"groups of this process have 2 ranks and this engine asks for 4; use one autotp_size",
+    "early_with_another_degree": r"sharded 2 ways and tensor_parallel\.autotp_size is 4.*set autotp_size to 2",
+    "sharded_twice": r"sharded 2 ways already and cannot be sharded 4 ways; build it anew",
+}
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_refuse(name):
+    assert re.search(FOUR[name], sentence(launched(4, __name__, tuple(FOUR)), name))
+
+
+# ---- what needs a process of its own ---------------------------------------------------------------------------------
+
+
+def test_a_world_that_the_degree_does_not_divide():
+    messages = errors_on_ranks(3, initialise)
+    assert len(set(messages)) == 1
+    assert "the world size 3 is not divisible by tp_size 2" in messages[0]
+    assert "choose tp_size from [1, 3]" in messages[0]
+
+
+def launched_without_group() -> float:
+    dist.destroy_process_group()  # a script that leaves it to deepspeed.initialize
+    with mock.patch("deepspeed.comm.torch.build_shm_op", return_value=None):
+        engine = initialise()
+    return engine(**batch(0, 2)).loss.item()
+
+
+def test_the_process_group_may_be_left_to_deepspeed():
+    assert on_ranks(2, launched_without_group) == pytest.approx([make("Llama")(**batch(0, 2)).loss.item()] * 2)
+
+
+def refused_without_launcher() -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name)
+    initialise()
+
+
+def test_one_process_without_a_launcher():
+    (message,) = errors_on_ranks(1, refused_without_launcher)
+    assert "start the script with accelerate launch, deepspeed or torchrun" in message
+
+
+def refused_versions() -> list[str]:
+    """The sentence for each library in an unsupported version; nothing may have been patched."""
+    import deepspeed
+
+    true, stock, sentences = importlib.metadata.version, deepspeed.initialize, []
+    for name in ("deepspeed", "accelerate", "transformers", "torch"):
+        with mock.patch("importlib.metadata.version", lambda asked, name=name: "0.1" if asked == name else true(asked)):
+            with contextlib.suppress(tp_plugin.TensorParallelError):
+                tp_plugin.register()
+                continue
+            try:
+                tp_plugin.register()
+            except tp_plugin.TensorParallelError as refused:
+                sentences.append(str(refused))
+        assert deepspeed.initialize is stock
+    return sentences
+
+
+def test_unsupported_versions_are_refused_by_register():
+    (sentences,) = on_ranks(1, refused_versions)
+    for name, message in zip(("deepspeed", "accelerate", "transformers", "torch"), sentences, strict=True):
+        assert re.search(rf"not tested with {name} 0\.1 \(supported: .*\); run: pip install '{name}", message)
