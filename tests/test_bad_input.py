@@ -324,6 +324,11 @@ def two_engines_two_degrees():
     initialise(make("Llama", heads=(4, 4)), tp=4)
 
 
+def an_unsharded_engine_beside():
+    initialise()
+    engine_for(make("Llama"), None, {"train_micro_batch_size_per_gpu": 2})
+
+
 def early_with_another_degree():
     model = make("Llama", heads=(4, 4))
     tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True))
@@ -341,6 +346,7 @@ FOUR = {
     "one_group_differs_later": r"different batches \(their values differ\)",
     "replicas_of_other_widths": r"the ranks built different models",
     "two_engines_two_degrees": r"groups of this process have 2 ranks and this engine asks for 4; use one autotp_size",
+    "an_unsharded_engine_beside": r"another engine of this process is sharded 2 ways.*set autotp_size to 2",
     "early_with_another_degree": r"sharded 2 ways and tensor_parallel\.autotp_size is 4.*set autotp_size to 2",
     "sharded_twice": r"sharded 2 ways already and cannot be sharded 4 ways; build it anew",
 }

@@ -36,6 +36,7 @@ WATCHED = [
     (DeepSpeedZeroOptimizer_Stage3, "complete_grad_norm_calculation_for_cpu_offload"),
     (DeepSpeedZeroOptimizer_Stage3, "get_param_id"),
     (BF16_Optimizer, "get_grads_for_norm"),
+    (groups, "mpu"),
     (groups, "get_tensor_model_parallel_group"),
     (groups, "get_tensor_model_parallel_world_size"),
     (groups, "get_data_parallel_group"),

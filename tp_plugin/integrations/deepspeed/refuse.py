@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
@@ -68,6 +69,12 @@ def refuse_before_engine(arguments: Mapping[str, Any], options_of: Callable[[dic
         raise TensorParallelError(
             "the DeepSpeed config has a tp_plugin block and no tensor_parallel.autotp_size above 1, so nothing would "
             'be sharded; add "tensor_parallel": {"autotp_size": N}, or remove the block.'
+        )
+    elif mpu is None and groups.mpu is not None and groups.mpu.get_model_parallel_world_size() > 1:
+        size = groups.mpu.get_model_parallel_world_size()
+        raise TensorParallelError(
+            f"another engine of this process is sharded {size} ways and this one has no tensor_parallel.autotp_size, "
+            f"which DeepSpeed cannot do side by side; set autotp_size to {size} for this model too."
         )
 
 

@@ -59,6 +59,7 @@ def check_contracts() -> None:
     contract(DeepSpeedEngine, "autotp_size", [], "the slot reads the tensor-parallel degree from it")
     contract(groups, "get_tensor_model_parallel_group", [], "the slot shards over this group")
     contract(groups, "get_data_parallel_group", [], "the slot's mesh has this data-parallel group")
+    contract(groups, "mpu", None, "an unsharded engine beside a sharded one is refused")
     contract(groups, "get_tensor_model_parallel_world_size", [], "a second engine must ask for the same degree")
     contract(groups, "_init_tp_mesh_device", ["tensor_model_parallel_size"], "it makes the groups the slot uses")
     contract(auto_ep_layer, "ReplacementSourceMap", [], "the slot returns one, empty")
