@@ -103,9 +103,9 @@ def test_it_ends_with_a_sample_of_the_prompt_by_that_model(quickstart):
 
 
 def test_the_deepspeed_launcher_runs_the_same_recipe(tmp_path, quickstart):
-    command = "deepspeed --num_gpus 4 --master_port 0 --module tp_plugin.finetune recipes/quickstart/train.yaml".split()
-    command[command.index("0")] = str(free_port())
-    log = launch([*command, *into(tmp_path), "training.max_steps=2", "training.logging_steps=1"])
+    launcher = ["deepspeed", "--num_gpus", "4", "--master_port", str(free_port()), "--module"]
+    job = ["tp_plugin.finetune", "recipes/quickstart/train.yaml", *into(tmp_path)]
+    log = launch([*launcher, *job, "training.max_steps=2", "training.logging_steps=1"])
     assert SUMMARY.search(log)
 
     def first_loss(text: str) -> str:
