@@ -109,7 +109,7 @@ def all_gather(
     """Every rank's tensor. ``sizes``: each rank's extent along ``dim`` where they differ (then padded on the wire)."""
     if group is None:
         return [tensor]
-    tensor = tensor.contiguous()
+    tensor, dim = tensor.contiguous(), dim % tensor.dim() if tensor.dim() else 0
     if sizes is None or len(set(sizes)) == 1:
         _note("all_gather", purpose, tensor)
         parts = [torch.empty_like(tensor) for _ in range(size_of(group))]

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch.distributed as dist
 
 
+NO_FULLGRAPH = "a tensor-parallel model breaks graphs at its collectives: compile without fullgraph=True"
+"""Shown by torch.compile where we opt out of it."""
+
+
 class TensorParallelError(ValueError):
     """A tensor-parallel setup that would train wrongly or cannot work. The message says what to change."""
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.collectives import reduce_from_region
+from tp_plugin.errors import NO_FULLGRAPH
 from tp_plugin.layers.linear import shard_repr
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
@@ -35,13 +36,7 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         start, stop = self.tp_layout.parts[self.tp_mesh.tp_rank][0]
         vocabulary = self.tp_layout.shape[0]
-        inside = ((input >= 0) & (input < vocabulary)).all()
-        message = f"a token id lies outside the vocabulary of {vocabulary}"
-        if inside.device.type == "cpu":
-            if not inside:
-                raise IndexError(f"{message}: ids go from {int(input.min())} to {int(input.max())}")
-        else:
-            torch._assert_async(inside, message)
+        _check_ids(input, vocabulary)
         elsewhere = (input < start) | (input >= stop)
         local = (input - start).masked_fill(elsewhere, 0)
         padding = None if self.padding_idx is None or not start <= self.padding_idx < stop else self.padding_idx - start
@@ -50,3 +45,13 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {shard_repr(self.tp_mesh, self.tp_layout)}"
+
+
+@torch.compiler.disable(reason=NO_FULLGRAPH)
+def _check_ids(ids: torch.Tensor, vocabulary: int) -> None:
+    inside = ((ids >= 0) & (ids < vocabulary)).all()
+    message = f"a token id lies outside the vocabulary of {vocabulary}"
+    if ids.device.type != "cpu":
+        torch._assert_async(inside, message)
+    elif not inside:
+        raise IndexError(f"{message}: ids go from {int(ids.min())} to {int(ids.max())}")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_plugin.collectives import all_gather, all_reduce_, broadcast_
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
 from tp_plugin.layers.dropout import default_generator, draws_random_numbers
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device, fingerprint
@@ -35,7 +35,7 @@ class InputGuard:
         self.in_step = False  # whether the generators have been brought in step
         model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=NO_FULLGRAPH)
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         count = self.forwards[model.training]
         self.forwards[model.training] += 1
