@@ -6,6 +6,7 @@ import pytest
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
+import tp_plugin
 import tp_plugin.integrations.accelerate as integration
 from tests.support.ranks import errors_on_ranks, on_ranks
 
@@ -26,7 +27,7 @@ def launched(tmp_path):
 
 
 def make(**how):
-    integration.install()
+    tp_plugin.register()
     if how.pop("parallelism", False):
         how["parallelism_config"] = ParallelismConfig(tp_size=2)
     if "plugin" in how:
@@ -51,16 +52,21 @@ def test_a_parallelism_config_beside_deepspeed_is_refused(launched, how, env):
 
 
 @pytest.mark.parametrize(("how", "env"), [({"cpu": True}, {}), ({}, {"ACCELERATE_USE_CPU": "true"})])
-def test_dropping_deepspeed_is_refused(launched, how, env):
-    for error in errors_on_ranks(2, make, env=launched | env, **how):
-        assert "accelerate has dropped DeepSpeed" in error
+def test_asking_for_the_cpu_where_there_is_nothing_else_keeps_deepspeed(launched, how, env):
+    assert on_ranks(2, make, env=launched | env, **how) == [(DistributedType.DEEPSPEED, 2, "cpu")] * 2
+
+
+def test_dropping_deepspeed_is_refused():
+    """Without a config file from accelerate launch, the degree is known too late to save DeepSpeed."""
+    for error in errors_on_ranks(2, make, plugin=CONFIG, cpu=True):
+        assert "autotp_size is 2 but accelerate has dropped DeepSpeed for MULTI_CPU" in error
         assert "remove cpu=True" in error
 
 
 def trainer_arguments(**how):
     from transformers import TrainingArguments
 
-    integration.install()
+    tp_plugin.register()
     made = TrainingArguments("unused", report_to="none", **how)
     return made.distributed_state.distributed_type, made.world_size
 
@@ -81,7 +87,7 @@ def without(**how):
     answers = []
     for patched in (False, True):
         if patched:
-            integration.install()
+            tp_plugin.register()
         accelerator = Accelerator(**how)
         mine = torch.tensor([accelerator.process_index + 1.0])
         answers.append(
@@ -112,7 +118,7 @@ def test_deepspeed_without_tensor_parallelism_counts_every_process(tmp_path):
 def collected():
     import torch
 
-    integration.install()
+    tp_plugin.register()
     accelerator = Accelerator()
     mine = torch.tensor([accelerator.process_index + 1.0])
     return (

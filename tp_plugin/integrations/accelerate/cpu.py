@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from tp_plugin.integrations.accelerate.degree import tp_size_of_launch, uses_deepspeed
@@ -23,11 +23,13 @@ def check_contracts() -> None:
     why = "it names the process group's backend, and knows none for DeepSpeed on CPU"
     contract(PartialState, "_prepare_backend", ["cpu", "sagemaker_dp", "backend"], why)
     contract(PartialState, "__init__", ["cpu"], "cpu=True would drop DeepSpeed")
+    contract(AcceleratorState, "__init__", ["mixed_precision", "cpu"], "cpu=True would drop DeepSpeed")
 
 
 def install(patches: Patches) -> None:
     patches.replace(PartialState, "_prepare_backend", _prepare_backend_method)
     patches.replace(PartialState, "__init__", _init_method)
+    patches.replace(AcceleratorState, "__init__", _init_of_accelerator_state)
 
 
 def on_cpu_with_deepspeed() -> bool:
@@ -51,8 +53,24 @@ def _prepare_backend_method(original: Callable[..., Any]) -> Callable[..., Any]:
 def _init_method(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: PartialState, cpu: bool = False, **kwargs: Any) -> None:
-        if cpu and on_cpu_with_deepspeed() and tp_size_of_launch() > 1:
-            cpu = False  # there is nothing else to run on
-        original(self, cpu, **kwargs)
+        original(self, cpu and not _superfluous(), **kwargs)
 
     return __init__
+
+
+def _init_of_accelerator_state(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(
+        self: AcceleratorState, mixed_precision: str | None = None, cpu: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        if _superfluous():
+            cpu = False
+            os.environ.pop("ACCELERATE_USE_CPU", None)  # which it reads besides
+        original(self, mixed_precision, cpu, *args, **kwargs)
+
+    return __init__
+
+
+def _superfluous() -> bool:
+    """Asking for the CPU changes nothing here, but that a sharded training would lose DeepSpeed."""
+    return on_cpu_with_deepspeed() and tp_size_of_launch() > 1
