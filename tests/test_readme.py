@@ -1,0 +1,113 @@
+"""The README's examples, run as they stand but for the model's size, the learning rate and the devices.
+
+On a CPU Trainer refuses bf16, so its two examples run in fp32 here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.support.ranks import ROOT
+from tp_plugin.launch.build import build_model, build_tokenizer
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.S))
+TEXTS = [f"{n} times {n} is {n * n}, as everybody knows. The quick brown fox jumps over it." for n in range(200)]
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory with what the examples expect: ``tiny`` in place of the 8B model, and two CPU processes."""
+    build_tokenizer(str(tmp_path / "tiny"), 301, TEXTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    build_model(str(tmp_path / "tiny"), LLAMA, tokenizer, seed=0)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    config = (ROOT / "recipes/accelerate/tp2_zero1.yaml").read_text()
+    (tmp_path / "cpu.yaml").write_text(config.replace("num_processes: 8", "num_processes: 2\nuse_cpu: true"))
+    return tmp_path
+
+
+def run(place: Path, *command: str) -> str:
+    bin_folder = Path(sys.executable).parent
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [str(bin_folder / command[0]), *command[1:]],
+        cwd=place,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert "tp=2 dp=1 ZeRO-1, 7/7 linears sharded" in done.stdout
+    return done.stdout
+
+
+def loads_plainly(directory: Path) -> None:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    start = transformers.AutoModelForCausalLM.from_pretrained(directory.parents[1] / "tiny")
+    pairs = zip(model.parameters(), start.parameters(), strict=True)
+    assert all((trained.float() != first.float()).any() for trained, first in pairs), "every parameter was trained"
+
+
+def test_every_example_is_run_and_short():
+    assert set(BLOCKS) == {"recipe", "deepspeed", "script"}
+    assert len(re.findall(r"```(?:python|yaml)", README)) == len(BLOCKS)
+    for example in BLOCKS.values():
+        assert example.count("\n") <= 30
+
+
+def test_recipe_example(place):
+    (place / "qwen3.yaml").write_text(BLOCKS["recipe"])
+    small = ["model.path=tiny", "data.sequence_length=32", "training.max_steps=2", "training.learning_rate=1e-2"]
+    small += ["model.dtype=float32", "training.bf16=false"]
+    log = run(
+        place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.finetune", "qwen3.yaml", *small
+    )
+    assert "a sample from it:\nThe capital of France" in log
+    loads_plainly(place / "outputs/qwen3")
+
+
+def test_deepspeed_example(place):
+    (place / "job.py").write_text(BLOCKS["deepspeed"].replace("lr=1e-5", "lr=1e-2"))
+    run(place, "deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", str(free_port()), "job.py", "tiny")
+    loads_plainly(place / "outputs/job")
+
+
+def test_script_example(place):
+    script = BLOCKS["script"].replace("bf16=True", "learning_rate=1e-2").replace('"bfloat16"', '"float32"')
+    (place / "train.py").write_text(script)
+    run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "train.py", "tiny")
+    loads_plainly(place / "outputs/script")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
