@@ -35,6 +35,7 @@ REDUCERS = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatte
 
 def main() -> None:
     args = arguments()
+    tp_plugin.register()  # first, so that on CPU both run over plain gloo and nothing is compiled
     deepspeed.init_distributed()
     device = torch.device(deepspeed.get_accelerator().current_device_name())
     size = dist.get_world_size()
@@ -117,7 +118,7 @@ def spying(found: dict[str, int]) -> Iterator[None]:
 
     def spy(name: str) -> Callable[..., object]:
         def counted(*args: object, **kwargs: object) -> object:
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
             found["collectives"] += 1
             found["bytes"] += tensors[-1].numel() * tensors[-1].element_size() if tensors else 0
             return originals[name](*args, **kwargs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-
 NO_FULLGRAPH = "a tensor-parallel model breaks graphs at its collectives: compile without fullgraph=True"
 """Shown by torch.compile where we opt out of it."""
 

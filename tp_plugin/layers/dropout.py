@@ -77,8 +77,8 @@ def _draw(generator: torch.Generator) -> int:
     """A number that every rank with this generator state gets alike; moves the generator on."""
     if generator.device.type == "cpu":
         return int(torch.randint(0, 1 << 62, (1,), generator=generator).item())
-    offset = generator.get_offset()  # type: ignore[attr-defined]
-    generator.set_offset(offset + 4)  # type: ignore[attr-defined]  # counts in fours (Philox)
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # counts in fours (Philox)
     return generator.initial_seed() ^ _mix(offset)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from tp_plugin.plans.heads import deal_heads
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import rules_for
 
+Modules = Mapping[str, Any]  # full name -> module; typed loosely, as nn.Module types its attributes
 QUERY = ("q_proj",)
 KEY_VALUE = ("k_proj", "v_proj")
 
@@ -54,7 +56,7 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
     return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused))
 
 
-def _match(rules: list[Rule], modules: Mapping[str, nn.Module]) -> tuple[dict[str, Rule], list[Rule]]:
+def _match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Rule]]:
     """First matching rule of every module; the rules that hit nothing."""
     matched: dict[str, Rule] = {}
     hit: set[Rule] = set()
@@ -72,7 +74,7 @@ def _match(rules: list[Rule], modules: Mapping[str, nn.Module]) -> tuple[dict[st
     return matched, idle
 
 
-def _vocabulary(model: nn.Module, modules: Mapping[str, nn.Module], matched: Mapping[str, Rule]) -> dict[str, Rule]:
+def _vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) -> dict[str, Rule]:
     """The token embedding and the head are sharded over the vocabulary, whatever HF's plan says, unless you say."""
     found = {}
     for getter, style in (("get_input_embeddings", p.VOCAB_EMBEDDING), ("get_output_embeddings", p.VOCAB_HEAD)):
@@ -94,7 +96,7 @@ def _by_block(matched: Mapping[str, Rule]) -> dict[str, dict[str, Rule]]:
 
 
 def _place_block(
-    block: str, members: Mapping[str, Rule], modules: Mapping[str, nn.Module], tp: int
+    block: str, members: Mapping[str, Rule], modules: Modules, tp: int
 ) -> tuple[dict[str, Placement], RegionPlan | None]:
     placed: dict[str, Placement] = {}
     columns = [name for name, rule in members.items() if rule.style == p.COLUMN]
@@ -123,7 +125,7 @@ def _place_block(
 
 
 def _place_attention(
-    block: str, columns: list[str], row: str, members: Mapping[str, Rule], modules: Mapping[str, nn.Module], tp: int
+    block: str, columns: list[str], row: str, members: Mapping[str, Rule], modules: Modules, tp: int
 ) -> tuple[dict[str, Placement], int]:
     parent = modules[block]
     head_dim = getattr(parent, "head_dim", None)
@@ -152,7 +154,7 @@ def _place_attention(
 
 
 def _place_mlp(
-    columns: list[str], row: str, members: Mapping[str, Rule], modules: Mapping[str, nn.Module], tp: int
+    columns: list[str], row: str, members: Mapping[str, Rule], modules: Modules, tp: int
 ) -> dict[str, Placement]:
     width = modules[row].in_features
     _require_width(row, width, tp)
@@ -170,7 +172,7 @@ def _place_mlp(
     return placed
 
 
-def _alone(name: str, rule: Rule, module: nn.Module, tp: int) -> Placement:
+def _alone(name: str, rule: Rule, module: Any, tp: int) -> Placement:
     if rule.style == p.VOCAB_EMBEDDING:
         if not isinstance(module, nn.Embedding):
             raise TensorParallelError(f"{name!r} is a {type(module).__name__}, {rule.style} needs an nn.Embedding.")
@@ -192,7 +194,7 @@ def _alone(name: str, rule: Rule, module: nn.Module, tp: int) -> Placement:
 
 
 def _column(
-    name: str, rule: Rule, module: nn.Module, layout: ShardLayout, repeats: tuple[tuple[int, ...], ...] | None = None
+    name: str, rule: Rule, module: Any, layout: ShardLayout, repeats: tuple[tuple[int, ...], ...] | None = None
 ) -> Placement:
     layouts = {"weight": layout}
     bias = getattr(module, "bias", None)
@@ -225,12 +227,12 @@ def _require_super(name: str, module: nn.Module, base: type[nn.Module]) -> None:
         )
 
 
-def _replicated(model: nn.Module, modules: Mapping[str, nn.Module], placements: Mapping[str, Placement]) -> list[str]:
+def _replicated(model: nn.Module, modules: Modules, placements: Mapping[str, Placement]) -> list[str]:
     sharded = {id(getattr(modules[name], leaf)) for name, pl in placements.items() for leaf in pl.layouts}
     return [name for name, param in model.named_parameters() if id(param) not in sharded]
 
 
-def _check_tied(modules: Mapping[str, nn.Module], placements: Mapping[str, Placement]) -> None:
+def _check_tied(modules: Modules, placements: Mapping[str, Placement]) -> None:
     """Modules that share a parameter must agree on how it lies."""
     seen: dict[int, tuple[str, ShardLayout | None]] = {}
     for name, module in modules.items():

@@ -26,7 +26,7 @@ def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **o
     Raises:
         TensorParallelError: on every rank, when the model has no ``save_pretrained`` or writing failed.
     """
-    model = unwrapped(model_or_engine)
+    model: Any = unwrapped(model_or_engine)
     if not hasattr(model, "save_pretrained"):
         raise TensorParallelError(
             f"{type(model).__name__} is not a transformers model; write tp_plugin.full_state_dict(model) yourself."
