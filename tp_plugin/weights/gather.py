@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,11 +94,13 @@ def _unpartitioned(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def _between_steps(engine: Any):  # type: ignore[no-untyped-def]
+def _between_steps(engine: Any) -> Iterator[None]:
     """ZeRO-3 releases what it prefetched before parameters are gathered one by one, and resumes after."""
     optimizer = getattr(engine, "optimizer", None)
-    for name in ("checkpoint_event_prologue", "checkpoint_event_epilogue"):
-        if hasattr(optimizer, name):
-            getattr(optimizer, name)()
-        if name.endswith("prologue"):
-            yield
+    if hasattr(optimizer, "checkpoint_event_prologue"):
+        optimizer.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        if hasattr(optimizer, "checkpoint_event_epilogue"):
+            optimizer.checkpoint_event_epilogue()
