@@ -96,7 +96,7 @@ def _unpartitioned(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def _between_steps(engine: Any) -> Iterator[None]:
     """ZeRO-3 releases what it prefetched before parameters are gathered one by one, and resumes after."""
-    optimizer = getattr(engine, "optimizer", None)
+    optimizer: Any = getattr(engine, "optimizer", None)
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
     try:
