@@ -110,8 +110,12 @@ HALF: dict[str, tuple[torch.dtype, int, dict]] = {
 
 
 def plain(dtype: torch.dtype, scale: float = 1.0) -> dict:
-    """One process: a model in ``dtype``, its gradients accumulated in it, a master copy in fp32 that SGD moves."""
-    model, master = make("Qwen2", heads=(6, 3)).to(dtype), make("Qwen2", heads=(6, 3))
+    """One process: a model in ``dtype``, its gradients accumulated in it, a master copy in fp32 that SGD moves.
+
+    The master starts from the rounded model, as DeepSpeed's does.
+    """
+    model = make("Qwen2", heads=(6, 3)).to(dtype)
+    master = copy.deepcopy(model).float()
     start = [p.detach().clone() for p in master.parameters()]
     optimizer = optimizer_for(master, "sgd")
     losses, norms = [], []
@@ -139,6 +143,7 @@ def sharded_half(stage: int, config: dict) -> dict:
     model = make("Qwen2", heads=(6, 3))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = engine_for(model, optimizer_for(model, "sgd"), config_for(2, stage, **copy.deepcopy(config)))
+    start = {name: p.to(next(model.parameters()).dtype).float() for name, p in start.items()}
     losses, norms = [], []
     for step in range(STEPS):
         total = 0.0
@@ -190,14 +195,18 @@ def truths() -> dict[torch.dtype, dict]:
 
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_is_as_exact_as_one_process(half, truths, name):
-    """|ours - fp32 truth| <= 2 |one process in the same precision - fp32 truth|."""
+    """|ours - fp32 truth| <= 2 |one process in the same precision - fp32 truth|, and an eighth of a rounding error.
+
+    The latter for losses and norms, three numbers each: one process may be lucky with them.
+    """
     dtype, _, config = HALF[name]
     ranks = [found[name] for found in half]
     ours = ranks[0] | {"moved": whole_update(ranks)}
     exact, rounded = truths[torch.float32], truths[dtype]
     for key in ("losses", "norms", "moved"):
-        error, allowed = (ours[key] - exact[key]).norm(), 2 * (rounded[key] - exact[key]).norm()
-        assert error <= allowed, f"{key}: {error / exact[key].norm()} > {allowed / exact[key].norm()}"
+        error, plain_error = ((found[key] - exact[key]).norm() / exact[key].norm() for found in (ours, rounded))
+        luck = 0 if key == "moved" else torch.finfo(dtype).eps / 8
+        assert error <= 2 * plain_error + luck, f"{key}: {error} and in one process {plain_error}"
     assert all(found["replicas"] == 0 and found["skipped"] == 0 for found in ranks)
     assert ranks[0]["dtype"] == ("torch.float32" if "torch_autocast" in config else str(dtype))
 
