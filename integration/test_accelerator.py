@@ -66,6 +66,7 @@ def test_metrics_see_each_sample_once(run):
         assert rank["objects"] == [f"sample {number}" for number in range(30, 37)]
         assert rank["shapes"] == [[4, tiny.LENGTH, tiny.VOCAB], [3, tiny.LENGTH, tiny.VOCAB]]
         assert rank["guesses"] == guesses.tolist()
+        assert rank["training_logits"] == [DP * 2, tiny.LENGTH, tiny.VOCAB]
 
 
 def test_the_state_dict_is_full_on_rank_0_only(run):

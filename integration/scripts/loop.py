@@ -55,12 +55,15 @@ def steps(batches):
     losses, read = [], []
     for batch in batches:
         read.append(batch["input_ids"][:, 0].tolist())
-        loss = model(**batch).loss
+        output = model(**batch)
+        loss = output.loss
+        logits = accelerator.gather_for_metrics(output.logits)  # while training, with gradients to come
         accelerator.backward(loss)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    found.setdefault("training_logits", list(logits.shape))
     return {"losses": losses, "read": read, "lr": scheduler.get_last_lr()[0]}
 
 

@@ -20,6 +20,7 @@ from accelerate.utils.operations import recursively_apply
 from tp_plugin.collectives import all_gather, all_reduce_, broadcast_
 from tp_plugin.integrations.accelerate.degree import parallel_mesh, tp_size
 from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.lazy import materialise_outputs
 
 
 def check_contracts() -> None:
@@ -52,6 +53,7 @@ def _reduce_method(original: Callable[..., Any]) -> Callable[..., Any]:
         # any one rank may raise the flag of set_trigger(), and a maximum doesn't mind repetition: the whole world
         if tp_size() == 1 or reduction == "max" or tensor is self.flag_tensor:
             return original(self, tensor, reduction, scale)
+        tensor = materialise_outputs(tensor)
         return recursively_apply(_sum_samples, tensor, error_on_other_type=True, mean=reduction == "mean")
 
     return reduce
@@ -64,7 +66,7 @@ def _gather_object_function(original: Callable[..., Any]) -> Callable[..., Any]:
         if degree == 1:
             return original(object)
         brought: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(brought, object)
+        dist.all_gather_object(brought, materialise_outputs(object))
         return [item for items in brought[::degree] for item in items]
 
     return gather_object
@@ -74,9 +76,10 @@ def _gather_object_function(original: Callable[..., Any]) -> Callable[..., Any]:
 def gather_samples(tensor: Any) -> Any:
     """Tensors of all data-parallel ranks, joined along dim 0, in nested containers too.
 
-    All ranks get the same: what tensor-parallel rank 0 of each group brought, also where its peers differ.
+    All ranks get the same: what tensor-parallel rank 0 of each group brought, also where its peers differ. Logits of a
+    training forward pass, which nobody has computed yet, are computed.
     """
-    return recursively_apply(_gather_one, tensor, error_on_other_type=True)
+    return recursively_apply(_gather_one, materialise_outputs(tensor), error_on_other_type=True)
 
 
 def _gather_one(tensor: torch.Tensor) -> torch.Tensor:
