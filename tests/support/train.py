@@ -107,13 +107,13 @@ def engine_by(
 def compare(
     family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
     zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
-    **options: Any,
+    gradients: bool = True, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
     ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
     activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
-    on every rank but the first, whose model is the truth.
+    on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """
@@ -139,7 +139,7 @@ def compare(
             engine.backward(loss)
             total += loss.detach() / ACCUMULATION
             last = pieces is pieces
-            if engine.is_gradient_accumulation_boundary() and step == 0 and last:
+            if engine.is_gradient_accumulation_boundary() and step == 0 and last and gradients:
                 errors["grad"] = gradient_error(engine, expected["grads"])
             engine.step()
         dist.all_reduce(total)
