@@ -21,7 +21,6 @@ from pathlib import Path
 
 WARM = (  # what nearly every test uses; torch._dynamo alone takes seconds and is wanted by gradient checkpointing
     "accelerate",
-    "datasets",
     "deepspeed",
     "deepspeed.runtime.zero.stage3",
     "torch._dynamo",
