@@ -18,8 +18,9 @@ import yaml
 from tests.support.ranks import errors_on_ranks
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch.build import build_model, build_tokenizer
+from tp_plugin.launch.check import visit_plainly
 from tp_plugin.launch.data import blocks, documents
-from tp_plugin.launch.finetune import _visit_plainly, finetune, main
+from tp_plugin.launch.finetune import finetune, main
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import DataRecipe, ModelRecipe, TrainingRecipe, load_recipe
 
@@ -290,7 +291,7 @@ def test_text_only_takes_the_language_model_of_a_multimodal_checkpoint(tmp_path)
         assert torch.equal(saved(input_ids=ids).logits, expected)
 
 
-def test_export_that_is_not_the_trained_model_is_reported(tokenizer, tmp_path, capsys):
+def test_export_that_is_not_the_trained_model_is_reported(tokenizer, tmp_path):
     build_model(str(tmp_path), LLAMA, tokenizer, seed=0)
     tokenizer.save_pretrained(tmp_path)
     model = load_model(ModelRecipe(path=str(tmp_path))).eval()
@@ -303,14 +304,14 @@ def test_export_that_is_not_the_trained_model_is_reported(tokenizer, tmp_path, c
         "logits": torch.cat([row.logits for row in rows]),
     }
     recipe = load_recipe(write(tmp_path), [f"output_dir={tmp_path}", "sample.prompt=lorem", "sample.max_new_tokens=8"])
-    assert _visit_plainly(recipe, reference) is None
-    said = capsys.readouterr().out
-    assert "logits differ by at most 0.0e+00" in said
-    assert "a sample from it:\nlorem" in said
+    report, complaint = visit_plainly(recipe, reference)
+    assert complaint is None
+    assert "logits differ by at most 0.0e+00" in report
+    assert "a sample from it:\nlorem" in report
 
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     model.save_pretrained(tmp_path)
-    assert "the exported model is not the trained one" in str(_visit_plainly(recipe, reference))
+    assert "the exported model is not the trained one" in str(visit_plainly(recipe, reference)[1])
     (tmp_path / "model.safetensors").unlink()
-    assert "plain transformers cannot load" in str(_visit_plainly(recipe, reference))
+    assert "plain transformers cannot load" in str(visit_plainly(recipe, reference)[1])

@@ -11,12 +11,9 @@ is then made to load, to check and to write a sample with.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -29,13 +26,11 @@ import torch.distributed as dist
 import tp_plugin
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.launch.build import build_model, build_tokenizer, is_missing
+from tp_plugin.launch.check import reference, visit_plainly
 from tp_plugin.launch.data import Blocks, blocks, documents
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
-
-CHECK_TOKENS = 512  # of a held-out block, so that the full logits of a large vocabulary stay small
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of the exported model's loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,12 +83,12 @@ def finetune(recipe: Recipe) -> None:
     _report(trainer, seconds, evaluate=len(held_out) > 0)
 
     model.config.use_cache = True
-    reference = _reference(trainer.model_wrapped, held_out, recipe.sample.check_blocks)
+    expected = reference(trainer.model_wrapped, held_out, recipe.sample.check_blocks)
     tp_plugin.save_pretrained(trainer.model_wrapped, recipe.output_dir)
     if state.is_main_process:
         tokenizer.save_pretrained(recipe.output_dir)
     _say(f"saved {recipe.output_dir}, an ordinary HF directory")
-    agree(_visit_plainly(recipe, reference) if state.is_main_process else None)
+    agree(_visit(recipe, expected) if state.is_main_process else None)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -229,81 +224,10 @@ def _report(trainer: Any, seconds: float, *, evaluate: bool) -> None:
     _say(line)
 
 
-def _reference(engine: Any, held_out: Blocks, count: int) -> dict[str, torch.Tensor]:
-    """The sharded model's answers that the exported one must repeat; every rank computes, rank 0 uses them.
-
-    Returns:
-        ``input_ids`` [blocks, tokens], ``loss`` [blocks], ``logits`` [blocks, tokens, vocabulary]; {} without blocks.
-    """
-    count = min(count, len(held_out))
-    if not count:
-        return {}
-    ids = torch.stack([held_out[i]["input_ids"][:CHECK_TOKENS] for i in range(count)])
-    losses, logits = [], []
-    engine.eval()
-    with torch.no_grad():
-        for row in ids.to(engine.device).split(1):
-            out = engine(input_ids=row, labels=row)
-            losses.append(out.loss.float().cpu())
-            logits.append(out.logits[0].cpu())
-    return {"input_ids": ids, "loss": torch.stack(losses), "logits": torch.stack(logits)}
-
-
-def _visit_plainly(recipe: Recipe, reference: dict[str, torch.Tensor]) -> str | None:
-    """Load the export in a process that knows nothing of this job; print how it compares, and its sample.
-
-    Returns:
-        A sentence when the exported model is not the trained one, else None.
-    """
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        if reference:
-            save_file(reference, Path(folder, "reference.safetensors"))
-        job = {
-            "directory": recipe.output_dir,
-            "reference": str(Path(folder, "reference.safetensors")) if reference else None,
-            "prompt": recipe.sample.prompt,
-            "max_new_tokens": recipe.sample.max_new_tokens,
-            "seed": recipe.seed,
-            "attn_implementation": recipe.model.attn_implementation,
-            "trust_remote_code": recipe.model.trust_remote_code,
-        }
-        ours = (
-            "RANK",
-            "LOCAL_",
-            "WORLD_",
-            "GROUP_",
-            "ROLE_",
-            "MASTER_",
-            "CROSS_",
-            "TORCHELASTIC_",
-            "ACCELERATE_",
-            "OMP_",
-        )
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        script = Path(__file__).with_name("plain.py")
-        done = subprocess.run(
-            [sys.executable, str(script), json.dumps(job)], env=environment, capture_output=True, text=True
-        )
-    if done.returncode:
-        return f"plain transformers cannot load the exported {recipe.output_dir!r}:\n{done.stderr[-3000:]}"
-    found = json.loads(done.stdout.splitlines()[-1])
-    sentence = None
-    if reference:
-        trained, error, spread = reference["loss"].mean().item(), found["logits_error"], found["logits_max"]
-        _say(
-            f"loaded by plain transformers in one process: loss {found['loss']:.6f}, sharded {trained:.6f}; "
-            f"logits differ by at most {error:.1e} of {spread:.1f}"
-        )
-        if not abs(found["loss"] - trained) <= TOLERANCE[getattr(torch, found["dtype"])] * abs(trained):
-            sentence = (
-                f"the exported model is not the trained one: on the same {len(reference['loss'])} held-out blocks its "
-                f"loss is {found['loss']:.6f}, the sharded model's {trained:.6f}; do not use {recipe.output_dir!r}."
-            )
-    if found["sample"] is not None:
-        _say(f"a sample from it:\n{found['sample']}")
-    return sentence
+def _visit(recipe: Recipe, expected: dict[str, torch.Tensor]) -> str | None:
+    report, complaint = visit_plainly(recipe, expected)
+    _say(report)
+    return complaint
 
 
 def _say(line: str) -> None:

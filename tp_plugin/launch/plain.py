@@ -23,8 +23,6 @@ def visit(job: dict[str, Any]) -> dict[str, Any]:
         job["directory"], dtype="auto", attn_implementation=job["attn_implementation"], **options
     ).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size < 2**28:
-        torch.set_num_threads(1)  # more only wait for each other, for minutes where other processes use the cores
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * size:
         model.to("cuda")
     found: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "sample": None}
