@@ -17,18 +17,7 @@ from tp_plugin.launch.recipe import Recipe
 
 CHECK_TOKENS = 512  # of a held-out block, so that the full logits of a large vocabulary stay small
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative, of the exported model's loss
-OF_LAUNCHERS = (
-    "RANK",
-    "LOCAL_",
-    "WORLD_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "CROSS_",
-    "TORCHELASTIC_",
-    "ACCELERATE_",
-    "OMP_",
-)
+OF_LAUNCHERS = tuple("RANK LOCAL_ WORLD_ GROUP_ ROLE_ MASTER_ CROSS_ TORCHELASTIC_ ACCELERATE_ OMP_".split())
 
 
 def reference(engine: Any, held_out: Blocks, count: int) -> dict[str, torch.Tensor]:
