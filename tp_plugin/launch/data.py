@@ -54,7 +54,7 @@ def documents(data: DataRecipe) -> Iterator[str]:
         try:
             import datasets
         except ImportError as failure:
-            raise TensorParallelError("data.dataset needs the datasets library: pip install 'tp-plugin[data]'.") from failure
+            raise TensorParallelError("data.dataset needs datasets: pip install 'tp-plugin[data]'.") from failure
         rows = datasets.load_dataset(data.dataset, data.dataset_config, split=data.split)
         for number, row in enumerate(rows):
             yield _text(row, data.text_field, f"{data.dataset}[{number}]")
