@@ -6,9 +6,10 @@ import dataclasses
 
 import torch.distributed as dist
 
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError
 
-_MESHES: dict[int, ParallelMesh] = {}  # one set of groups a tp size: groups are never freed, so never made twice
+# one set of groups a tp size, with the world they are of: groups are never freed, so never made twice
+_MESHES: dict[int, tuple[object, ParallelMesh]] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,15 +47,16 @@ class ParallelMesh:
         if tp_size == 1 and not dist.is_initialized():
             return cls.single()
         check_world(tp_size)
-        cached = _MESHES.get(tp_size)
-        if cached is None or (cached.dp_group or cached.tp_group) not in dist.distributed_c10d._world.pg_map:
+        made_in, mesh = _MESHES.get(tp_size, (None, None))
+        if mesh is None or made_in is not dist.group.WORLD:
             world = dist.get_world_size()
             tp_group, _ = dist.new_subgroups_by_enumeration(
                 [list(range(start, start + tp_size)) for start in range(0, world, tp_size)]
             )
             dp_group, _ = dist.new_subgroups_by_enumeration([list(range(k, world, tp_size)) for k in range(tp_size)])
-            cached = _MESHES[tp_size] = cls.of_groups(tp_group, dp_group)
-        return cached
+            mesh = cls.of_groups(tp_group, dp_group)
+            _MESHES[tp_size] = dist.group.WORLD, mesh
+        return mesh
 
     @classmethod
     def of_groups(cls, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> ParallelMesh:
@@ -70,10 +72,6 @@ class ParallelMesh:
 
     def __deepcopy__(self, memo: dict) -> ParallelMesh:
         raise TensorParallelError("a sharded model cannot be copied, its process groups are one; copy before sharding.")
-
-    def agree(self, error: str | None) -> None:
-        """Raise ``error`` on every rank of the world if any rank brings one; see :func:`tp_plugin.errors.agree`."""
-        agree(error)
 
     def hosts_spanned(self) -> int:
         """How many hosts this rank's TP group lies on, by host name; a collective call over the TP group."""

@@ -88,9 +88,9 @@ def _unpartitioned(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """ZeRO-3 parameters are gathered over their data-parallel group inside this context."""
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([tensor])
+    return deepspeed.zero.GatheredParameters([tensor])
 
 
 @contextlib.contextmanager
