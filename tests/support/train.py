@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def compare(
 
 def worse(known: float, found: float) -> float:
     """The larger of two errors; a NaN wins, which ``max`` would let pass for no error."""
-    return known if found <= known else found
+    return known if found <= known or math.isnan(known) else found
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
