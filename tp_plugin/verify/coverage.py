@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.verify.check import on_meta, parity_on_this_rank, short, whole
 from tp_plugin.verify.ranks import Launch
-from tp_plugin.verify.specimen import architectures, class_named
+from tp_plugin.verify.specimen import architectures, class_named, config_for
 
 LIBRARIES = ("tp-plugin", "torch", "transformers")
 COUNTS_UP_TO = 0.60
@@ -135,7 +135,8 @@ def _on_this_rank(model_type: str, kind: str, class_name: str, tp: int) -> dict[
     from transformers import AutoConfig
 
     options = TensorParallelConfig(tp_size=tp, quiet=True)
-    config, model_class = AutoConfig.for_model(model_type), class_named(class_name)
+    model_class = class_named(class_name)
+    config = config_for(model_class, AutoConfig.for_model(model_type))
     row: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:

@@ -62,9 +62,13 @@ def scaled(config: Any, *, widths: bool = True, vocabulary: bool = True) -> Any:
     small = copy.deepcopy(config)
     parts = list(configs_in(small))
     for part in parts:
+        if len(parts) > 1:
+            _explicit_sections(part)
         _fewer_layers(part)
         _fewer_experts(part)
         _no_randomness(part)
+    for part in parts:
+        _explicit_head_dim(part)
     if widths:
         hiddens: dict[int, int] = {}
         factors = [_factor(part) for part in parts]
@@ -154,6 +158,16 @@ def _no_randomness(config: Any) -> None:
 # ---- width -----------------------------------------------------------------------------------------------------------
 
 
+def _explicit_head_dim(config: Any) -> None:
+    """Written down where it follows from the hidden size, which after scaling it might not."""
+    fields = vars(config)
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if type(heads) is int and type(hidden) is int and 0 < heads <= hidden and fields.get("head_dim", 0) is None:
+        fields["head_dim"] = hidden // heads
+    elif type(heads) is int and type(hidden) is int and heads > 0 and hidden % heads and "head_dim" not in fields:
+        fields["head_dim"] = (hidden // heads + 15) // 16 * 16
+
+
 def _factor(config: Any) -> int:
     """What every width is divided by: it leaves an even head size of eight or a little more; 1 if unknown."""
     fields = vars(config)
@@ -172,6 +186,16 @@ def _factor(config: Any) -> int:
         and all(i % f == 0 for section in sections for i in section)
     ]
     return max(fits, default=1)
+
+
+def _explicit_sections(config: Any) -> None:
+    """Multimodal rotary sections that a Qwen-like text model takes for granted at 128 dimensions a head."""
+    fields = vars(config)
+    rope = fields.get("rope_parameters")
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if isinstance(rope, dict) and "rope_theta" in rope and heads and hidden and "vocab_size" in fields:
+        if (fields.get("head_dim") or hidden // heads) == 128:
+            rope.setdefault("mrope_section", [16, 24, 24])
 
 
 def _rope_dicts(fields: dict[str, Any]) -> list[dict[str, Any]]:

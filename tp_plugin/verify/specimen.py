@@ -64,6 +64,14 @@ def class_for(config: Any) -> type[nn.Module]:
     return class_named(known[config.model_type][1])
 
 
+def config_for(model_class: type[nn.Module], config: Any) -> Any:
+    """``config``, or the part of it that ``model_class`` takes (the text model of a vision-language config)."""
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    return next((part for part in configs_in(config) if type(part) is wanted), config)
+
+
 @dataclasses.dataclass(frozen=True)
 class Specimen:
     """A model that can be built again and again, the same to the bit, without touching the random state around it.
