@@ -1,0 +1,1 @@
+"""Families whose layout is peculiar or that have no plan of HF's, each a small table of rules."""
