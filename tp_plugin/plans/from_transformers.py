@@ -26,7 +26,7 @@ DENSE_STYLES = {
     "replicated_with_grad_allreduce": p.PARTIAL,
     "sequence_parallel": p.REPLICATED,
     "replicate": p.REPLICATED,
-    "local_params": p.REPLICATED,
+    "local_params": p.REPLICATED,  # of the owner of bare parameters, each of which has an entry of its own
 }
 """Styles of dense models. The others (experts, MLA, whole-block reductions) are refused by name."""
 
@@ -40,6 +40,7 @@ def rules_of(model: nn.Module) -> list[Rule]:
     found = getattr(model, "tp_plan", None)
     if not isinstance(found, dict):
         return []
+    vectors = [name for name, param in model.named_parameters(remove_duplicate=False) if param.dim() == 1]
     rules = []
     for pattern, style in found.items():
         if style not in DENSE_STYLES:
@@ -47,6 +48,8 @@ def rules_of(model: nn.Module) -> list[Rule]:
                 f"{type(model).__name__}: the HF plan shards {pattern!r} in style {style!r}, which is not supported "
                 "yet; give a rule of your own for it in the 'plan' of the tp_plugin block, or use tp_size 1."
             )
-        blocks = (1, 1) if style.startswith("packed") else (1,)
-        rules.append(Rule(pattern, DENSE_STYLES[style], "HF plan", blocks))
+        rule = Rule(pattern, DENSE_STYLES[style], "HF plan", blocks=2 if style.startswith("packed") else 1)
+        if style == "colwise" and any(map(rule.matches, vectors)):  # an attention's sinks
+            rule = Rule(pattern, p.PER_HEAD, "HF plan", role="query")
+        rules.append(rule)
     return rules
