@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.collectives import gather_from_region, reduce_from_region, split_to_region
+from tp_plugin.layers.partial import add_once
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 
@@ -60,10 +61,13 @@ class RowParallelLinear(nn.Linear):
     tp_mesh: ParallelMesh
     tp_layout: ShardLayout
     tp_split: bool  # the input comes replicated: take this rank's part of it first
+    tp_partial: bool  # the output stays partial, the block around sums it with others
 
-    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, *, split: bool = False) -> None:
+    def tp_setup(
+        self, mesh: ParallelMesh, layout: ShardLayout, *, split: bool = False, partial: bool = False
+    ) -> None:
         """Fields for a module whose class has just become this one and whose weight is a shard already."""
-        self.tp_mesh, self.tp_layout, self.tp_split = mesh, layout, split
+        self.tp_mesh, self.tp_layout, self.tp_split, self.tp_partial = mesh, layout, split, partial
         self.in_features = layout.local_size(mesh.tp_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +75,8 @@ class RowParallelLinear(nn.Linear):
         if self.tp_split:
             sizes = [self.tp_layout.local_size(rank) for rank in range(self.tp_layout.ranks)]
             x = split_to_region(x, group, -1, sizes)
+        if self.tp_partial:
+            return F.linear(x, self.weight, None if self.bias is None else add_once(self.bias, group))
         out = reduce_from_region(F.linear(x, self.weight), group)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 

@@ -26,9 +26,12 @@ DENSE_STYLES = {
     "replicated_with_grad_allreduce": p.PARTIAL,
     "sequence_parallel": p.REPLICATED,
     "replicate": p.REPLICATED,
-    "local_params": p.REPLICATED,
+    "moe_tp_experts": p.EXPERTS,
+    "mla_kv_a_proj": p.LATENT,
+    "moe_identity_expert": p.REPLICATED,
 }
-"""Styles of dense models. The others (experts, MLA, whole-block reductions) are refused by name."""
+STYLES_THAT_SAY_NOTHING = ("local_params", "all_reduce")
+"""They tell HF's hooks how to run a module whose parameters or children have rules of their own."""
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -42,6 +45,8 @@ def rules_of(model: nn.Module) -> list[Rule]:
         return []
     rules = []
     for pattern, style in found.items():
+        if style in STYLES_THAT_SAY_NOTHING:
+            continue
         if style not in DENSE_STYLES:
             raise TensorParallelError(
                 f"{type(model).__name__}: the HF plan shards {pattern!r} in style {style!r}, which is not supported "

@@ -20,12 +20,23 @@ VOCAB_EMBEDDING = "vocab_embedding"
 """A token embedding, its vocabulary sharded."""
 VOCAB_HEAD = "vocab_head"
 """A language-model head, its vocabulary sharded, its logits not computed until needed."""
+EXPERTS = "experts"
+"""Fused experts ``[experts, ...]``: every expert's intermediate width is sharded, the routing weights are replicated."""
+SUM = "sum"
+"""A block whose result is linear in its experts' and its shared experts': their partial results are summed as one."""
+ENTER = "enter"
+"""Replicated; its output scales partial results, so the gradient of the output is summed over the TP group."""
+LATENT = "latent"
+"""Replicated; the last ``qk_rope_head_dim`` of its outputs are a key that all heads share: as ``enter`` for those."""
 PARTIAL = "partial"
 """Replicated, but acting on sharded tensors: its gradient is summed over the TP group."""
 REPLICATED = "replicated"
 """Whole on every rank, with the same gradient on every rank."""
 
-STYLES = (COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD, PARTIAL, REPLICATED)
+STYLES = (
+    *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
+    *(EXPERTS, SUM, ENTER, LATENT, PARTIAL, REPLICATED),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +54,13 @@ class Rule:
     style: str
     source: str
     blocks: tuple[int, ...] = (1,)
+    optional: bool = False
 
     def matches(self, name: str) -> bool:
         """Whether this rule speaks of the module ``name``."""
-        return re.fullmatch(re.escape(self.pattern).replace(r"\*", r"[^.]+"), name) is not None
+        return re.fullmatch(
+            re.escape(self.pattern).replace(r"\*\*\.", r"(?:.+\.)?").replace(r"\*", r"[^.]+"), name
+        ) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Placement:
         source: where the rule came from.
         layouts: parameter name inside the module -> how it lies on the ranks.
         repeats: per rank, how often each local KV head's output is repeated; None for everything but such layers.
+        tail: how many of the last outputs of a latent projection enter by themselves; None elsewhere.
     """
 
     name: str
@@ -66,6 +81,7 @@ class Placement:
     source: str
     layouts: Mapping[str, ShardLayout] = dataclasses.field(default_factory=dict)
     repeats: tuple[tuple[int, ...], ...] | None = None
+    tail: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +102,25 @@ class RegionPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixturePlan:
+    """One mixture of experts.
+
+    Attributes:
+        block: name of the module that holds router, experts and shared experts.
+        experts: full name of the fused experts.
+        columns: those of the shared experts, which come in through the same door.
+        rows: those of the shared experts.
+        summed: whether experts and rows leave their results partial, to be summed together where the block ends.
+    """
+
+    block: str
+    experts: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    summed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A whole model's sharding over ``tp_size`` ranks, complete before anything is touched.
 
@@ -95,6 +130,7 @@ class Plan:
         regions: column and row modules that belong together.
         replicated: names of the parameters every rank holds whole.
         unused: rules of HF's plan that hit nothing in this model.
+        mixtures: experts, and the shared experts beside them, which are in no region of their own then.
     """
 
     tp_size: int
@@ -102,6 +138,7 @@ class Plan:
     regions: tuple[RegionPlan, ...]
     replicated: tuple[str, ...]
     unused: tuple[Rule, ...] = ()
+    mixtures: tuple[MixturePlan, ...] = ()
 
     def names(self, *styles: str) -> list[str]:
         """Modules placed by any of these styles, in model order."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import from_transformers
+from tp_plugin.plans.families import moe
 from tp_plugin.plans.plan import STYLES, Rule
 
 FamilyRules = Callable[[nn.Module], Mapping[str, str]]
@@ -44,7 +45,7 @@ def rules_for(model: nn.Module, own: Mapping[str, str]) -> list[Rule]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _FAMILIES:
         return rules + [_rule(pattern, style, "family") for pattern, style in _FAMILIES[model_type](model).items()]
-    return rules + from_transformers.rules_of(model)
+    return rules + moe.rules_of(model) + from_transformers.rules_of(model)
 
 
 def _rule(pattern: str, style: str, source: str) -> Rule:

@@ -14,7 +14,9 @@ from torch import nn
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
+from tp_plugin.plans.experts import check_implementation, join_mixtures, place_experts
 from tp_plugin.plans.heads import deal_heads
+from tp_plugin.plans.latent import is_latent, place_latent, shared_key
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import rules_for
 
@@ -44,6 +46,10 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
         found, region = _place_block(block, members, modules, tp_size)
         placements |= found
         regions += [region] if region else []
+    implementation = check_implementation(model)
+    experts = [name for name, rule in matched.items() if rule.style == p.EXPERTS]
+    for name in experts:
+        placements[name] = place_experts(name, modules[name], matched[name], tp_size, implementation)
     placements = {name: placements[name] for name in modules if name in placements}
     if not any(placement.layouts for placement in placements.values()):
         raise TensorParallelError(
@@ -53,7 +59,8 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
     whole = _replicated(model, modules, placements)
     _check_tied(modules, placements)
     _check_forgotten(regions, placements, matched, whole)
-    return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused))
+    mixtures, regions = join_mixtures(experts, regions, matched, modules)
+    return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused), tuple(mixtures))
 
 
 def _match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Rule]]:
@@ -67,7 +74,7 @@ def _match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[R
                 matched.setdefault(name, rule)
     idle = [rule for rule in rules if rule not in hit]
     for rule in idle:
-        if rule.source != "HF plan":
+        if rule.source != "HF plan" and not rule.optional:
             near = difflib.get_close_matches(rule.pattern, {p.fold(name) for name in modules}, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise TensorParallelError(f"the plan's rule {rule.pattern!r}: {rule.style} hits no module{hint}")
@@ -102,8 +109,10 @@ def _place_block(
     columns = [name for name, rule in members.items() if rule.style == p.COLUMN]
     rows = [name for name, rule in members.items() if rule.style == p.ROW]
     for name, rule in members.items():
-        if rule.style == p.PARTIAL:
+        if rule.style in (p.PARTIAL, p.ENTER):
             placed[name] = Placement(name, rule.style, rule.source)
+        elif rule.style == p.LATENT:
+            placed[name] = Placement(name, rule.style, rule.source, tail=shared_key(name, modules))
         elif rule.style in (p.VOCAB_EMBEDDING, p.VOCAB_HEAD, p.COLUMN_GATHER, p.ROW_SPLIT):
             placed[name] = _alone(name, rule, modules[name], tp)
     if not columns and not rows:
@@ -117,7 +126,9 @@ def _place_block(
     for name in (*columns, *rows):
         _require_linear(name, modules[name], members[name])
     leaves = {name.rpartition(".")[2] for name in columns}
-    if leaves & set(QUERY) and leaves & set(KEY_VALUE):
+    if is_latent(columns):
+        found, ratio = place_latent(block, columns, rows[0], members, modules, tp), None
+    elif leaves & set(QUERY) and leaves & set(KEY_VALUE):
         found, ratio = _place_attention(block, columns, rows[0], members, modules, tp)
     else:
         found, ratio = _place_mlp(columns, rows[0], members, modules, tp), None

@@ -9,10 +9,13 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layers import (
     ColumnParallelLinear,
+    ParallelExperts,
     Region,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    enter_after,
+    sum_at_exit,
     sum_partial_gradient,
     sum_shared_gradient,
 )
@@ -30,6 +33,7 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.COLUMN_GATHER: ColumnParallelLinear,
     p.ROW: RowParallelLinear,
     p.ROW_SPLIT: RowParallelLinear,
+    p.EXPERTS: ParallelExperts,
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
 }
@@ -119,12 +123,16 @@ def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLay
 
 
 def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
     for name, placement in plan.placements.items():
         module = model.get_submodule(name)
         if placement.style == p.PARTIAL:
             continue
+        if placement.style in (p.ENTER, p.LATENT):
+            enter_after(module, mesh, placement.tail)
+            continue
         module.__class__ = _class_for(type(module), _CLASS_OF_STYLE[placement.style])
-        _set_up(module, placement, mesh, config)
+        _set_up(module, placement, mesh, config, partial=name in partial)
     for region in plan.regions:
         block = model.get_submodule(region.block)
         door = Region(mesh, block)
@@ -133,6 +141,14 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         door.release(model.get_submodule(region.row))
         if region.kv_ratio is not None and hasattr(block, "num_key_value_groups"):
             block.num_key_value_groups = region.kv_ratio  # type: ignore[assignment]
+    for mixture in plan.mixtures:
+        block = model.get_submodule(mixture.block)
+        door = Region(mesh, block, derive_randomness=False)
+        door.admit_experts(model.get_submodule(mixture.experts))
+        for name in mixture.columns:
+            door.admit(model.get_submodule(name))
+        if mixture.summed:
+            sum_at_exit(block, mesh)
     blocks: dict[str, Region] = {}
     for name in plan.names(p.COLUMN_GATHER):
         parent = name.rpartition(".")[0]
@@ -141,13 +157,19 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         blocks[parent].admit(model.get_submodule(name))
 
 
-def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+def _set_up(
+    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, partial: bool
+) -> None:
+    if isinstance(module, ParallelExperts):
+        once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
+        module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
+        return
     layout = placement.layouts["weight"]
     if isinstance(module, ColumnParallelLinear):
         repeats = placement.repeats[mesh.tp_rank] if placement.repeats else None
         module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, repeats=repeats)
     elif isinstance(module, RowParallelLinear):
-        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT)
+        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
         module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
     elif isinstance(module, VocabParallelEmbedding):
@@ -155,12 +177,16 @@ def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config:
 
 
 def _class_for(original: type, sharded: type) -> type:
-    """``sharded`` itself, or, for a subclass of nn.Linear or nn.Embedding, that subclass with ``sharded`` behind it."""
+    """``sharded`` itself, or, for a subclass of nn.Linear or nn.Embedding, that subclass with ``sharded`` behind it.
+
+    Experts keep the forward of their class: ``sharded`` is put before it.
+    """
     if original in (nn.Linear, nn.Embedding):
         return sharded
     key = original, sharded
     if key not in _MADE:
-        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", (original, sharded), {})
+        bases = (sharded, original) if sharded is ParallelExperts else (original, sharded)
+        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", bases, {})
     return _MADE[key]
 
 
