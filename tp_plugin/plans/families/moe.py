@@ -38,7 +38,7 @@ MOE_FAMILIES: dict[str, dict[str, str]] = {
     "deepseek_v3": {**_LATENT_ATTENTION, "mlp": p.SUM},
     "dots1": {"mlp": p.SUM},
     "ernie4_5_moe": {"mlp": p.SUM},
-    "glm4_moe": {"mlp": p.SUM},
+    "glm4_moe": {"mlp": p.SUM, "self_attn.q_norm": p.PARTIAL, "self_attn.k_norm": p.PARTIAL},
     "gpt_oss": {**_at("self_attn", _ATTENTION), "mlp.experts": p.EXPERTS},
     "granitemoe": _at("self_attn", _ATTENTION),
     "qwen2_moe": _GATED_SHARED,
