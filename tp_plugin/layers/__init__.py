@@ -4,18 +4,25 @@ from tp_plugin.layers.embedding import VocabParallelEmbedding
 from tp_plugin.layers.enter import enter_after
 from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
 from tp_plugin.layers.head import VocabParallelHead
-from tp_plugin.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
+from tp_plugin.layers.local import set_local, slice_heads
+from tp_plugin.layers.norm import WideRMSNorm
 from tp_plugin.layers.partial import sum_partial_gradient, sum_shared_gradient
 from tp_plugin.layers.region import Region
 
 __all__ = [
+    "ColumnParallel",
     "ColumnParallelLinear",
     "ParallelExperts",
     "Region",
+    "RowParallel",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "WideRMSNorm",
     "enter_after",
+    "set_local",
+    "slice_heads",
     "sum_at_exit",
     "sum_partial_gradient",
     "sum_shared_gradient",

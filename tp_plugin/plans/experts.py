@@ -121,11 +121,21 @@ def join_mixtures(
     mixtures, left = [], list(regions)
     for name in experts:
         block = name.rpartition(".")[0]
-        summed = block in matched and matched[block].style == p.SUM
-        shared = [r for r in left if r.block.rpartition(".")[0] == block and r.block.split(".")[-1].startswith("shared")]
-        if any(has_dropout(modules[region.block]) for region in shared):
-            shared, summed = [], False  # a region of its own derives their randomness
+        shared = [region for region in left if _is_shared(region, block, modules)]
+        summed = block in matched and matched[block].style == p.SUM and bool(shared)
         left = [region for region in left if region not in shared]
-        columns = tuple(column for region in shared for column in region.columns)
-        mixtures.append(MixturePlan(block, name, columns, tuple(r.row for r in shared), summed and bool(shared)))
+        names = tuple(region.block for region in shared)
+        mixtures.append(MixturePlan(block, name, names, tuple(region.row for region in shared), summed))
     return mixtures, left
+
+
+def _is_shared(region: RegionPlan, block: str, modules: Mapping[str, Any]) -> bool:
+    """Whether a region is one of the shared experts of ``block``, with nothing in it that must stay outside the door.
+
+    One that drops anything stays a region of its own, which derives its randomness.
+    """
+    parent, _, leaf = region.block.rpartition(".")
+    if parent != block or not leaf.startswith("shared") or has_dropout(modules[region.block]):
+        return False
+    inside = {name for name, module in modules.items() if name.startswith(f"{region.block}.") and module._parameters}
+    return inside == {*region.columns, region.row} and not modules[region.block]._parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import balanced
@@ -27,24 +28,32 @@ class HeadShards:
     ratio: int
 
 
-def deal_heads(queries: int, kvs: int, tp: int, where: str = "attention") -> HeadShards:
+def deal_heads(
+    queries: int, kvs: int, tp: int, where: str = "attention", fits: Callable[[int], bool] = lambda queries: True
+) -> HeadShards:
     """Deal ``queries`` query heads and ``kvs`` KV heads to ``tp`` ranks.
 
     Query heads are split evenly whenever ``tp`` divides them. KV heads are then split too, or, where a group of query
     heads lies on several ranks, held by each of them (grouped-query attention, Ainslie et al. 2023). If ``tp`` does
-    not divide the query heads but there is a KV head for every rank, whole groups are dealt, unevenly.
+    not divide the query heads but there is a KV head for every rank, whole groups are dealt, unevenly. ``fits`` says
+    whether a rank can have that many query heads.
 
     Raises:
         TensorParallelError: neither works; the message names the degrees that would.
     """
-    dealt = _deal(queries, kvs, tp)
+    dealt = _deal_if(queries, kvs, tp, fits)
     if dealt is None:
-        works = [n for n in range(1, queries + 1) if _deal(queries, kvs, n) is not None]
+        works = [n for n in range(1, queries + 1) if _deal_if(queries, kvs, n, fits) is not None]
         raise TensorParallelError(
             f"{where}: {queries} query and {kvs} key/value heads cannot be sharded {tp} ways with one ratio on every "
             f"rank; choose tensor_parallel.autotp_size from {works}."
         )
     return dealt
+
+
+def _deal_if(queries: int, kvs: int, tp: int, fits: Callable[[int], bool]) -> HeadShards | None:
+    dealt = _deal(queries, kvs, tp)
+    return dealt if dealt is not None and all(fits(len(own)) for own in dealt.queries) else None
 
 
 def _deal(queries: int, kvs: int, tp: int) -> HeadShards | None:

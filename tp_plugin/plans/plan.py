@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +21,12 @@ VOCAB_EMBEDDING = "vocab_embedding"
 """A token embedding, its vocabulary sharded."""
 VOCAB_HEAD = "vocab_head"
 """A language-model head, its vocabulary sharded, its logits not computed until needed."""
+WIDE_NORM = "wide_norm"
+"""An RMS norm over the whole sharded width of an attention's queries or keys: sharded, its statistic summed."""
+PER_HEAD = "per_head"
+"""A parameter (the pattern names it, not its module) with an entry for each head, cut like the heads."""
+ALIAS = "alias"
+"""A second name (the pattern names the parameter) of a parameter that another module shards and uses."""
 EXPERTS = "experts"
 """Fused experts ``[experts, ...]``: every expert's intermediate width is sharded, the routing weights are replicated."""
 SUM = "sum"
@@ -35,32 +42,73 @@ REPLICATED = "replicated"
 
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
-    *(EXPERTS, SUM, ENTER, LATENT, PARTIAL, REPLICATED),
+    *(WIDE_NORM, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, PARTIAL, REPLICATED),
 )
+
+QUERY_HEADS, KV_HEADS, GROUPS = "query heads", "kv heads", "query heads a kv head"
+QUERY_WIDTH, KV_WIDTH = "query width", "kv width"
+QUANTITIES = (QUERY_HEADS, KV_HEADS, GROUPS, QUERY_WIDTH, KV_WIDTH)
+"""What an attribute that a forward reads may count; see :attr:`Rule.local`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Modules whose full name matches ``pattern`` get ``style``. ``*`` stands for one dotted part.
+    """Modules whose full name matches ``pattern`` get ``style``; the rest says what is peculiar about them.
 
     Attributes:
-        pattern: a module-name pattern such as ``model.layers.*.mlp.up_proj``.
+        pattern: a name pattern such as ``model.layers.*.mlp.up_proj``. ``*`` stands for one dotted part, ``**`` for any
+            number of them, none included. Styles ``per_head`` and ``alias`` name a parameter, all others a module.
         style: one of :data:`STYLES`.
-        source: where the rule comes from, for people: "yours", "ours", "HF plan".
-        blocks: for packed weights, the relative sizes of the sub-tensors along the sharded dimension.
+        source: where the rule comes from, for people: "yours", "family", "HF plan".
+        role: what an attention's column computes: "query", "key", "value", or how it packs several of them, see
+            :data:`tp_plugin.plans.packing.PACKINGS`; also whose heads a wide norm or a per-head parameter follows.
+            Empty: by the module's name, else an MLP's.
+        blocks: sub-tensors of the row's width that an MLP's column packs one behind the other: 2 for ``[gate|up]``.
+        up: how many dotted parts above the module its block lies. The columns and the row of one block are a region.
+        region: tells regions of one block apart.
+        head_dim: size of a head; None: as an attribute of the column's parent says (``head_dim``, ``head_size``, ...).
+        local: attributes of the column's parent that its forward reads as sizes of this rank's tensors, each with what
+            it counts, one of :data:`QUANTITIES`. ``config.x`` gives the module a view of its config in which ``x`` is
+            local. Empty: well-known names of head counts, where the parent has them.
+        inputs: keyword arguments of the column's parent that come with an entry for each query head (ALiBi).
+        dim: the dimension of a per-head parameter that has an entry for each head.
+        equivalent: its forward is that of ``nn.Linear`` in other words, and may be replaced.
+        optional: not every model of the family has it.
     """
 
     pattern: str
     style: str
-    source: str
-    blocks: tuple[int, ...] = (1,)
+    source: str = "family"
+    role: str = ""
+    blocks: int = 1
+    up: int = 1
+    region: str = ""
+    head_dim: int | None = None
+    local: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[str, ...] = ()
+    dim: int = 0
+    equivalent: bool = False
     optional: bool = False
 
     def matches(self, name: str) -> bool:
-        """Whether this rule speaks of the module ``name``."""
-        return re.fullmatch(
-            re.escape(self.pattern).replace(r"\*\*\.", r"(?:.+\.)?").replace(r"\*", r"[^.]+"), name
-        ) is not None
+        """Whether this rule speaks of ``name``."""
+        return _expression(self.pattern).fullmatch(f".{name}") is not None
+
+    def within(self, scope: str) -> Rule:
+        """This rule for a model that lies at ``scope`` inside another."""
+        return dataclasses.replace(self, pattern=f"{scope}.{self.pattern}") if scope else self
+
+    def block(self, name: str) -> str:
+        """The block that ``name`` belongs to."""
+        return ".".join(name.split(".")[: -self.up])
+
+
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    parts = {"**": r"(?:\.[^.]+)*", "*": r"\.[^.]+"}
+    return re.compile(
+        "".join(parts.get(part) or r"\." + re.escape(part).replace(r"\*", "[^.]*") for part in pattern.split("."))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +120,9 @@ class Placement:
         style: one of :data:`STYLES`.
         source: where the rule came from.
         layouts: parameter name inside the module -> how it lies on the ranks.
-        repeats: per rank, how often each local KV head's output is repeated; None for everything but such layers.
+        outputs: per rank, of which of the heads it holds the output of a column consists, by their place in the shard,
+            in order, some more than once; None where it is simply what the shard gives.
+        equivalent: the module's class may be replaced outright.
         tail: how many of the last outputs of a latent projection enter by themselves; None elsewhere.
     """
 
@@ -80,8 +130,38 @@ class Placement:
     style: str
     source: str
     layouts: Mapping[str, ShardLayout] = dataclasses.field(default_factory=dict)
-    repeats: tuple[tuple[int, ...], ...] | None = None
+    outputs: tuple[tuple[int, ...], ...] | None = None
+    equivalent: bool = False
     tail: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """An attribute of a module that becomes this rank's: ``values[rank]``.
+
+    ``attribute`` may be ``config.x``: then the module gets a view of its config with another ``x``.
+    """
+
+    module: str
+    attribute: str
+    values: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadInput:
+    """A keyword argument of a module with an entry for each of ``heads`` heads, of which a rank needs its own.
+
+    Attributes:
+        module: its full name.
+        argument: the keyword.
+        heads: how many there are.
+        held: per rank, the heads it needs.
+    """
+
+    module: str
+    argument: str
+    heads: int
+    held: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +169,18 @@ class RegionPlan:
     """One region: its block, the columns that open it, the row that closes it.
 
     Attributes:
-        block: name of the common parent module.
+        block: name of a module that encloses them all.
         columns: their full names.
         row: full name of the row.
-        kv_ratio: query heads a KV head on every rank, for attention; None elsewhere.
+        locals: attributes that the forward reads and that become this rank's.
+        inputs: arguments with an entry for each head.
     """
 
     block: str
     columns: tuple[str, ...]
     row: str
-    kv_ratio: int | None = None
+    locals: tuple[Local, ...] = ()
+    inputs: tuple[HeadInput, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +190,14 @@ class MixturePlan:
     Attributes:
         block: name of the module that holds router, experts and shared experts.
         experts: full name of the fused experts.
-        columns: those of the shared experts, which come in through the same door.
+        shared: modules that are shared experts and nothing else: they come in through the experts' door.
         rows: those of the shared experts.
         summed: whether experts and rows leave their results partial, to be summed together where the block ends.
     """
 
     block: str
     experts: str
-    columns: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     summed: bool = False
 

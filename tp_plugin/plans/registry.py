@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import from_transformers
-from tp_plugin.plans.families import moe
-from tp_plugin.plans.plan import STYLES, Rule
+from tp_plugin.plans.packing import PACKINGS
+from tp_plugin.plans.plan import QUANTITIES, STYLES, Rule
 
-FamilyRules = Callable[[nn.Module], Mapping[str, str]]
+FamilyRules = Callable[[nn.Module], Mapping[str, str] | Iterable[Rule]]
 _FAMILIES: dict[str, FamilyRules] = {}
 
 
-def register_family(model_type: str) -> Callable[[FamilyRules], FamilyRules]:
-    """Decorator: a function that gives the rules, pattern -> style, of models with this ``config.model_type``.
+def register_family(*model_types: str) -> Callable[[FamilyRules], FamilyRules]:
+    """Decorator: a function that gives the rules of models with one of these ``config.model_type``.
 
         @register_family("my_model")
         def my_rules(model):
             return {"blocks.*.attn.q_proj": "column", "blocks.*.attn.o_proj": "row"}
 
-    They replace HF's plan for that type. Styles are those of :data:`tp_plugin.plans.plan.STYLES`.
+    They replace HF's plan for that type, also where such a model lies inside another. Styles are those of
+    :data:`tp_plugin.plans.plan.STYLES`. Where a style is not enough, return an iterable of
+    :class:`~tp_plugin.plans.plan.Rule`, which carries what is peculiar:
+
+        Rule("**.attn.c_attn", "column", role="q|k|v", local=(("split_size", "query width"),))
+
+    ``role`` and ``blocks`` say what is packed in a weight, ``up`` in which block it lies, ``local`` which attributes
+    the forward reads as sizes of its tensors, ``inputs`` which arguments come with an entry a head. Rules that hit
+    nothing are refused unless ``optional``; every parameter inside a block must be spoken of.
+
+    Args:
+        model_types: ``config.model_type`` of the models the function, called with the model, gives the rules for.
     """
 
     def add(function: FamilyRules) -> FamilyRules:
-        _FAMILIES[model_type] = function
+        _FAMILIES.update(dict.fromkeys(model_types, function))
         return function
 
     return add
@@ -39,18 +50,45 @@ def rules_for(model: nn.Module, own: Mapping[str, str]) -> list[Rule]:
         own: the user's rules, pattern -> style.
 
     Raises:
-        TensorParallelError: an unknown style, or an HF plan that asks for an unsupported one.
+        TensorParallelError: an unknown style, role or quantity, or an HF plan that asks for an unsupported style.
     """
-    rules = [_rule(pattern, style, "yours") for pattern, style in own.items()]
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in _FAMILIES:
-        return rules + [_rule(pattern, style, "family") for pattern, style in _FAMILIES[model_type](model).items()]
-    return rules + moe.rules_of(model) + from_transformers.rules_of(model)
+    rules = [Rule(pattern, style, "yours") for pattern, style in own.items()]
+    scopes = _scopes(model)
+    for scope, model_type in scopes.items():
+        given = _FAMILIES[model_type](model.get_submodule(scope))
+        if isinstance(given, Mapping):
+            given = [Rule(pattern, style) for pattern, style in given.items()]
+        rules += [rule.within(scope) for rule in given]
+    for rule in rules:
+        _require_known(rule)
+    if "" in scopes:
+        return rules
+    return rules + [
+        rule
+        for rule in from_transformers.rules_of(model)
+        if not any(rule.pattern.startswith(f"{scope}.") for scope in scopes)
+    ]
 
 
-def _rule(pattern: str, style: str, source: str) -> Rule:
-    if style not in STYLES:
-        raise TensorParallelError(
-            f"unknown style {style!r} for {pattern!r} in the plan; choose from {', '.join(STYLES)}."
-        )
-    return Rule(pattern, style, source)
+def _scopes(model: nn.Module) -> dict[str, str]:
+    """Where in the model a registered family begins: name of the outermost module of that type -> the type."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        is_model = name == "" or hasattr(module, "get_input_embeddings")
+        inside = any(scope == "" or name.startswith(f"{scope}.") for scope, kind in found.items() if kind == model_type)
+        if model_type in _FAMILIES and is_model and not inside:
+            found[name] = model_type
+    return found
+
+
+def _require_known(rule: Rule) -> None:
+    for what, value, known in (
+        ("style", rule.style, STYLES),
+        ("role", rule.role or "query", PACKINGS),
+        *(("quantity", quantity, QUANTITIES) for _, quantity in rule.local),
+    ):
+        if value not in known:
+            raise TensorParallelError(
+                f"unknown {what} {value!r} for {rule.pattern!r} in the plan; choose from {', '.join(known)}."
+            )

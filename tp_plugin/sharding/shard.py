@@ -8,13 +8,18 @@ from torch import nn
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layers import (
+    ColumnParallel,
     ColumnParallelLinear,
     ParallelExperts,
     Region,
+    RowParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
+    WideRMSNorm,
     enter_after,
+    set_local,
+    slice_heads,
     sum_at_exit,
     sum_partial_gradient,
     sum_shared_gradient,
@@ -24,6 +29,7 @@ from tp_plugin.lazy import materialise_outputs
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
+from tp_plugin.plans.checks import is_conv1d
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
@@ -36,7 +42,9 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.EXPERTS: ParallelExperts,
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
+    p.WIDE_NORM: WideRMSNorm,
 }
+"""Styles without a class leave the module's own: its parameters or their gradients are what changes."""
 _MADE: dict[tuple[type, type], type] = {}
 
 
@@ -68,7 +76,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     assert plan is not None
     equalised = make_equal(model, mesh)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    linears = sum(isinstance(m, nn.Linear) for m in model.modules()) - len(plan.names(p.VOCAB_HEAD))
+    linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in model.modules()) - len(plan.names(p.VOCAB_HEAD))
     layouts = _cut(model, plan, mesh)
     _swap(model, plan, mesh, config)
     _sum_partial(model, plan, mesh)
@@ -126,12 +134,11 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
     partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
     for name, placement in plan.placements.items():
         module = model.get_submodule(name)
-        if placement.style == p.PARTIAL:
-            continue
         if placement.style in (p.ENTER, p.LATENT):
             enter_after(module, mesh, placement.tail)
+        if placement.style not in _CLASS_OF_STYLE:
             continue
-        module.__class__ = _class_for(type(module), _CLASS_OF_STYLE[placement.style])
+        module.__class__ = _class_for(module, placement)
         _set_up(module, placement, mesh, config, partial=name in partial)
     for region in plan.regions:
         block = model.get_submodule(region.block)
@@ -139,13 +146,15 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         for name in region.columns:
             door.admit(model.get_submodule(name))
         door.release(model.get_submodule(region.row))
-        if region.kv_ratio is not None and hasattr(block, "num_key_value_groups"):
-            block.num_key_value_groups = region.kv_ratio  # type: ignore[assignment]
+        for one in region.locals:
+            set_local(model.get_submodule(one.module), one.attribute, one.values[mesh.tp_rank])
+        for given in region.inputs:
+            slice_heads(model.get_submodule(given.module), given.argument, given.heads, given.held[mesh.tp_rank])
     for mixture in plan.mixtures:
         block = model.get_submodule(mixture.block)
         door = Region(mesh, block, derive_randomness=False)
         door.admit_experts(model.get_submodule(mixture.experts))
-        for name in mixture.columns:
+        for name in mixture.shared:
             door.admit(model.get_submodule(name))
         if mixture.summed:
             sum_at_exit(block, mesh)
@@ -158,30 +167,37 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
 
 
 def _set_up(
-    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, partial: bool
+    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, *, partial: bool
 ) -> None:
     if isinstance(module, ParallelExperts):
         once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
         module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
         return
     layout = placement.layouts["weight"]
-    if isinstance(module, ColumnParallelLinear):
-        repeats = placement.repeats[mesh.tp_rank] if placement.repeats else None
-        module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, repeats=repeats)
-    elif isinstance(module, RowParallelLinear):
+    outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
+    if isinstance(module, ColumnParallel):
+        module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
+    elif isinstance(module, RowParallel):
         module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
         module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
     elif isinstance(module, VocabParallelEmbedding):
         module.tp_setup(mesh, layout)
+    elif isinstance(module, WideRMSNorm):
+        module.tp_setup(mesh, layout, outputs=outputs)
 
 
-def _class_for(original: type, sharded: type) -> type:
-    """``sharded`` itself, or, for a subclass of nn.Linear or nn.Embedding, that subclass with ``sharded`` behind it.
+def _class_for(module: nn.Module, placement: Placement) -> type:
+    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it.
 
-    Experts keep the forward of their class: ``sharded`` is put before it.
+    Experts keep the forward of their class and have ours before it.
     """
-    if original in (nn.Linear, nn.Embedding):
+    original, sharded = type(module), _CLASS_OF_STYLE[placement.style]
+    if is_conv1d(module):
+        from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
+
+        return ColumnParallelConv1D if issubclass(sharded, ColumnParallel) else RowParallelConv1D
+    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded is WideRMSNorm:
         return sharded
     key = original, sharded
     if key not in _MADE:

@@ -1,0 +1,2 @@
+"""Families whose layout is peculiar or that have no plan of HF's, each a small table of rules."""
+from tp_plugin.plans.families import moe as moe

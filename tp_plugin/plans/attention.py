@@ -1,0 +1,173 @@
+"""Attention: heads dealt to ranks, and everything in the block that follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.layout import ShardLayout
+from tp_plugin.plans import plan as p
+from tp_plugin.plans.checks import in_features, out_dim, out_features
+from tp_plugin.plans.heads import HeadShards, deal_heads
+from tp_plugin.plans.match import Modules
+from tp_plugin.plans.packing import PACKINGS, cut
+from tp_plugin.plans.plan import HeadInput, Local, Placement, RegionPlan, Rule
+
+ROLES = {
+    **dict.fromkeys(("q_proj", "query", "q", "wq", "q_lin"), "query"),
+    **dict.fromkeys(("k_proj", "key", "k", "wk", "k_lin", "k_norm"), "key"),
+    **dict.fromkeys(("v_proj", "value", "v", "wv", "v_lin"), "value"),
+}
+"""What columns compute whose rule does not say, by the last part of their name."""
+HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+"""Attributes of an attention module that give a head's size; the first that there is counts."""
+COUNTS = {
+    **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head"), p.QUERY_HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), p.KV_HEADS),
+    "num_key_value_groups": p.GROUPS,
+}
+"""Attributes that become local where a rule names none."""
+
+
+def role_of(name: str, rule: Rule) -> str:
+    """What the column ``name`` computes for an attention; empty if for something else."""
+    return rule.role or ROLES.get(name.rpartition(".")[2], "")
+
+
+def is_attention(columns: Mapping[str, Rule]) -> bool:
+    """Whether these columns together make queries, keys and values."""
+    made = {head for name, rule in columns.items() for head in _kinds(role_of(name, rule))}
+    return {"q", "k"} <= made
+
+
+def _kinds(role: str) -> set[str]:
+    return {kind for kind, _ in PACKINGS[role].order(4, 4)} if role else set()
+
+
+class Attention:
+    """One attention block: its heads, and how each member of it is cut.
+
+    Raises:
+        TensorParallelError: heads that cannot be told from the sizes, or cannot be dealt to ``tp`` ranks.
+    """
+
+    def __init__(self, block: str, columns: Mapping[str, Rule], row: str, modules: Modules, tp: int) -> None:
+        self.block, self.columns, self.row, self.modules = block, columns, row, modules
+        self.roles = {name: role_of(name, rule) for name, rule in columns.items()}
+        self.head_dim = self._head_dim()
+        width = in_features(modules[row])
+        self.queries = width // self.head_dim if self.head_dim else 0
+        counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kvs}
+        if not self.queries or self.queries * self.head_dim != width or len(counts) != 1 or counts & {None, 0}:
+            raise TensorParallelError(self._puzzle())
+        self.kvs: int = int(counts.pop() or 0)
+        fits = [PACKINGS[role].fits for role in self.roles.values() if role]
+        self.dealt: HeadShards = deal_heads(
+            self.queries, self.kvs, tp, block, lambda heads: all(fit(heads) for fit in fits)
+        )
+
+    def _head_dim(self) -> int:
+        given = {rule.head_dim for rule in self.columns.values() if rule.head_dim}
+        parents = [self.modules[name.rpartition(".")[0]] for name in self.columns]
+        found = (getattr(parent, name, None) for parent in parents for name in HEAD_DIM)
+        return given.pop() if given else next((size for size in found if isinstance(size, int) and size > 0), 0)
+
+    def _kvs(self, name: str) -> int | None:
+        heads, rest = divmod(out_features(self.modules[name]), self.head_dim or 1)
+        kvs = PACKINGS[self.roles[name]].kvs
+        found = kvs(heads, self.queries) if kvs is not None and not rest else 0
+        return int(found) if found == int(found) and found > 0 else None
+
+    def _puzzle(self) -> str:
+        sizes = {name.rpartition(".")[2]: out_features(self.modules[name]) for name in self.columns}
+        return (
+            f"{self.block}: cannot tell its heads from head_dim={self.head_dim or None}, output sizes {sizes} and row "
+            f"input {in_features(self.modules[self.row])}; its layout needs rules of its own, or column_gather and "
+            "row_split."
+        )
+
+    def column(self, name: str, rule: Rule) -> Placement:
+        """Queries, keys, values, several of them packed, or a gate that follows the queries."""
+        module, role = self.modules[name], self.roles[name]
+        size, heads = out_features(module), len(PACKINGS[role or "query"].order(self.queries, self.kvs))
+        if size % heads or (not role and size not in (self.queries, self.queries * self.head_dim)):
+            raise TensorParallelError(self._puzzle())
+        layout, outputs = self._cut(role or "query", module.weight.shape, out_dim(module), size // heads)
+        layouts = {"weight": layout}
+        if getattr(module, "bias", None) is not None:
+            layouts["bias"] = layout.along(0, module.bias.shape)
+        return Placement(name, rule.style, rule.source, layouts, outputs, rule.equivalent)
+
+    def placed_row(self, rule: Rule) -> Placement:
+        """The row takes what the queries' heads give."""
+        module = self.modules[self.row]
+        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.head_dim)
+        return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
+
+    def follower(self, name: str, rule: Rule) -> Placement:
+        """A wide norm, or a per-head parameter (``name`` is the parameter's)."""
+        owner, _, leaf = name.rpartition(".") if rule.style == p.PER_HEAD else (name, "", "weight")
+        shape = getattr(self.modules[owner], leaf).shape
+        role = role_of(name, rule) or "query"
+        heads = len(PACKINGS[role].order(self.queries, self.kvs))
+        if shape[rule.dim] % heads:
+            raise TensorParallelError(
+                f"{name!r} has {shape[rule.dim]} entries along dimension {rule.dim}, which do not follow the {heads} "
+                f"heads of {self.block!r}; correct its rule."
+            )
+        layout, outputs = self._cut(role, shape, rule.dim, shape[rule.dim] // heads)
+        if rule.style == p.PER_HEAD and outputs is not None:
+            raise TensorParallelError(
+                f"{name!r} follows key/value heads that a rank would have to use more than once; choose "
+                f"tensor_parallel.autotp_size from {self._plain_degrees()}."
+            )
+        return Placement(owner, rule.style, rule.source, {leaf: layout}, outputs)
+
+    def _plain_degrees(self) -> list[int]:
+        return [n for n in range(1, self.kvs + 1) if self.kvs % n == 0 and self.queries % n == 0]
+
+    def _cut(
+        self, role: str, shape: tuple[int, ...], dim: int, unit: int
+    ) -> tuple[ShardLayout, tuple[tuple[int, ...], ...] | None]:
+        held, outputs = cut(self.dealt, self.queries, self.kvs, PACKINGS[role])
+        return ShardLayout.units(shape, dim, unit, held), outputs
+
+    def region(self) -> RegionPlan:
+        """The region, with the attributes and arguments of its attention that become local."""
+        told: dict[tuple[str, str], Local] = {}
+        inputs: dict[tuple[str, str], HeadInput] = {}
+        for name, rule in self.columns.items():
+            parent = name.rpartition(".")[0]
+            counted = dict(rule.local) or {k: q for k, q in COUNTS.items() if self._counts(parent, k, q)}
+            for attribute, quantity in counted.items():
+                told[parent, attribute] = self._local(parent, attribute, quantity)
+            for argument in rule.inputs:
+                inputs[parent, argument] = HeadInput(parent, argument, self.queries, self.dealt.queries)
+        return RegionPlan(self.block, tuple(self.columns), self.row, tuple(told.values()), tuple(inputs.values()))
+
+    def _amounts(self, quantity: str) -> tuple[int, tuple[int, ...]]:
+        """In the whole block, and on each rank."""
+        queries = self.queries, tuple(map(len, self.dealt.queries))
+        kvs = self.kvs, tuple(map(sum, self.dealt.repeats))
+        if quantity == p.GROUPS:
+            return self.queries // self.kvs, (self.dealt.ratio,) * len(self.dealt.queries)
+        full, local = queries if quantity in (p.QUERY_HEADS, p.QUERY_WIDTH) else kvs
+        unit = self.head_dim if quantity in (p.QUERY_WIDTH, p.KV_WIDTH) else 1
+        return full * unit, tuple(n * unit for n in local)
+
+    def _counts(self, parent: str, attribute: str, quantity: str) -> bool:
+        return getattr(self.modules[parent], attribute, None) == self._amounts(quantity)[0]
+
+    def _local(self, parent: str, attribute: str, quantity: str) -> Local:
+        full, local = self._amounts(quantity)
+        found: Any = self.modules[parent]
+        for part in attribute.split("."):
+            found = getattr(found, part, None)
+        if found != full:
+            raise TensorParallelError(
+                f"the rules for {parent!r} expect its forward to read the {quantity} ({full}) from {attribute!r}, "
+                f"which is {found!r}: the installed transformers is not the one they were written for, use the version "
+                "in constraints.txt or rules of your own."
+            )
+        return Local(parent, attribute, local)
