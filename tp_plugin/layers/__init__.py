@@ -1,6 +1,8 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
 from tp_plugin.layers.embedding import VocabParallelEmbedding
+from tp_plugin.layers.enter import enter_after
+from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
 from tp_plugin.layers.head import VocabParallelHead
 from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
 from tp_plugin.layers.local import set_local, slice_heads
@@ -11,14 +13,17 @@ from tp_plugin.layers.region import Region
 __all__ = [
     "ColumnParallel",
     "ColumnParallelLinear",
+    "ParallelExperts",
     "Region",
     "RowParallel",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "WideRMSNorm",
+    "enter_after",
     "set_local",
     "slice_heads",
+    "sum_at_exit",
     "sum_partial_gradient",
     "sum_shared_gradient",
 ]

@@ -10,14 +10,17 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layers import (
     ColumnParallel,
     ColumnParallelLinear,
+    ParallelExperts,
     Region,
     RowParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
     WideRMSNorm,
+    enter_after,
     set_local,
     slice_heads,
+    sum_at_exit,
     sum_partial_gradient,
     sum_shared_gradient,
 )
@@ -36,6 +39,7 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.COLUMN_GATHER: ColumnParallelLinear,
     p.ROW: RowParallelLinear,
     p.ROW_SPLIT: RowParallelLinear,
+    p.EXPERTS: ParallelExperts,
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
     p.WIDE_NORM: WideRMSNorm,
@@ -127,12 +131,15 @@ def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLay
 
 
 def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
     for name, placement in plan.placements.items():
         module = model.get_submodule(name)
+        if placement.style in (p.ENTER, p.LATENT):
+            enter_after(module, mesh, placement.tail)
         if placement.style not in _CLASS_OF_STYLE:
             continue
         module.__class__ = _class_for(module, placement)
-        _set_up(module, placement, mesh, config)
+        _set_up(module, placement, mesh, config, partial=name in partial)
     for region in plan.regions:
         block = model.get_submodule(region.block)
         door = Region(mesh, block)
@@ -143,6 +150,14 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
             set_local(model.get_submodule(one.module), one.attribute, one.values[mesh.tp_rank])
         for given in region.inputs:
             slice_heads(model.get_submodule(given.module), given.argument, given.heads, given.held[mesh.tp_rank])
+    for mixture in plan.mixtures:
+        block = model.get_submodule(mixture.block)
+        door = Region(mesh, block, derive_randomness=False)
+        door.admit_experts(model.get_submodule(mixture.experts))
+        for name in mixture.shared:
+            door.admit(model.get_submodule(name))
+        if mixture.summed:
+            sum_at_exit(block, mesh)
     blocks: dict[str, Region] = {}
     for name in plan.names(p.COLUMN_GATHER):
         parent = name.rpartition(".")[0]
@@ -151,13 +166,19 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         blocks[parent].admit(model.get_submodule(name))
 
 
-def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+def _set_up(
+    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, *, partial: bool
+) -> None:
+    if isinstance(module, ParallelExperts):
+        once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
+        module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
+        return
     layout = placement.layouts["weight"]
     outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
     if isinstance(module, ColumnParallel):
         module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
     elif isinstance(module, RowParallel):
-        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT)
+        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
         module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
     elif isinstance(module, VocabParallelEmbedding):
@@ -167,7 +188,10 @@ def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config:
 
 
 def _class_for(module: nn.Module, placement: Placement) -> type:
-    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it."""
+    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it.
+
+    Experts keep the forward of their class and have ours before it.
+    """
     original, sharded = type(module), _CLASS_OF_STYLE[placement.style]
     if is_conv1d(module):
         from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
@@ -177,7 +201,8 @@ def _class_for(module: nn.Module, placement: Placement) -> type:
         return sharded
     key = original, sharded
     if key not in _MADE:
-        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", (original, sharded), {})
+        bases = (sharded, original) if sharded is ParallelExperts else (original, sharded)
+        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", bases, {})
     return _MADE[key]
 
 

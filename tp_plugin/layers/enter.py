@@ -1,0 +1,28 @@
+"""Replicated modules whose output goes into a sharded region by itself, without passing a column."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tp_plugin.collectives import copy_to_region
+from tp_plugin.mesh import ParallelMesh
+
+
+def enter_after(module: nn.Module, mesh: ParallelMesh, tail: int | None = None) -> None:
+    """Make the output of ``module`` a door: its gradient, partial on each rank, is summed over the TP group.
+
+    Args:
+        module: gives ``[..., n]``.
+        tail: only the last so many of the ``n`` enter, the others go on replicated (the key that the heads of a latent
+            attention share); None for all.
+    """
+
+    @torch.compiler.disable
+    def enter(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if tail is None:
+            return copy_to_region(output, mesh.tp_group)
+        rest, entering = output.split([output.shape[-1] - tail, tail], -1)
+        return torch.cat([rest, copy_to_region(entering, mesh.tp_group)], -1)
+
+    module.register_forward_hook(enter)
