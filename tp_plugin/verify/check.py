@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan, plan_for
-from tp_plugin.plans.plan import fold
+from tp_plugin.plans.plan import REPLICATED, fold, fold_all
 from tp_plugin.verify.parity import Parity, examine, reproducible
-from tp_plugin.verify.scale import configs_in, scaled
+from tp_plugin.verify.scale import scaled
 from tp_plugin.verify.specimen import Specimen, candidates
 
-LARGEST_COPY = 60_000_000
+LARGEST_COPY = 100_000_000
 """Parameters of a copy that is still run."""
 LADDER: tuple[dict[str, bool] | None, ...] = (
     {"widths": True, "vocabulary": True},
@@ -64,7 +62,7 @@ def on_meta(model_class: type[nn.Module], config: Any) -> nn.Module:
 def whole(model: nn.Module, config: TensorParallelConfig) -> Whole:
     """What a rank would hold of ``model``, by its plan; the model may be on ``meta``."""
     try:
-        plan = plan_for(model, config.tp_size, config.plan)
+        plan = plan_for(model, config.tp_size, config.plan, inferring=config.infer != "off")
     except TensorParallelError as refused:
         return Whole(sum(q.numel() for q in model.parameters()), refused=str(refused))
     layouts = {
@@ -121,15 +119,27 @@ def specimen_of(model_class: type[nn.Module], config: Any) -> Specimen:
     raise TensorParallelError(f"no small copy of it runs unsharded: {reasons[0]}")
 
 
-def parity_on_this_rank(model_class: type[nn.Module], config: Any, options: TensorParallelConfig) -> dict[str, Any]:
-    """One rank's part of a check: build the copy, examine it. Plain data, the same on every rank."""
-    started = time.monotonic()
+def examined(
+    model_class: type[nn.Module], config: Any, options: TensorParallelConfig, mesh: ParallelMesh
+) -> tuple[Parity, TensorParallelConfig]:
+    """Examine a small copy of ``model_class(config)`` over ``mesh``; a collective call over the world.
+
+    Returns:
+        What was found; and ``options`` in which inferred rules that the copy's inputs did not reach are overruled:
+        nothing is known of them, so their modules stay replicated.
+    """
     try:
         specimen = specimen_of(model_class, config)
-        found = examine(specimen, options, ParallelMesh.create(options.tp_size))
     except TensorParallelError as failure:
-        found = Parity("untested", sentence=str(failure))
-    return dataclasses.asdict(found) | {"seconds": time.monotonic() - started}
+        return Parity("untested", sentence=str(failure)), options
+    found = examine(specimen, options, mesh)
+    if found.unreached and options.infer == "checked":
+        plan = plan_for(on_meta(model_class, specimen.config), options.tp_size, options.plan)
+        inferred = fold_all(plan.inferred())
+        doubtful = {name: REPLICATED for name in found.unreached if name in inferred}
+        options = dataclasses.replace(options, plan={**options.plan, **doubtful})
+        found = dataclasses.replace(found, unreached=[name for name in found.unreached if name not in doubtful])
+    return found, options
 
 
 def short(failure: BaseException) -> str:
@@ -137,5 +147,3 @@ def short(failure: BaseException) -> str:
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {' '.join(lines)[:200] if lines else ''}"
 
-
-__all__ = ["Whole", "configs_in", "dist", "on_meta", "parity_on_this_rank", "short", "sources", "specimen_of", "whole"]

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.verify.check import on_meta, parity_on_this_rank, short, whole
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.verify.check import examined, on_meta, short, whole
 from tp_plugin.verify.ranks import Launch
 from tp_plugin.verify.specimen import architectures, class_named, config_for
 
@@ -44,6 +45,8 @@ class Row:
         worst: the parameter whose gradient differs most.
         measured_on: "default config" or "small copy": what the next five are of.
         parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`.
+        unreached: placed modules that the copy's inputs did not reach.
+        note: why it was not measured on the default config.
         versions: of the libraries it was found with.
         date: when.
         seconds: how long it took.
@@ -63,6 +66,8 @@ class Row:
     mean: float = 1.0
     source: str = ""
     replicated: dict[str, float] = dataclasses.field(default_factory=dict)
+    unreached: list[str] = dataclasses.field(default_factory=list)
+    note: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     date: str = ""
     seconds: float = 0.0
@@ -137,24 +142,18 @@ def _on_this_rank(model_type: str, kind: str, class_name: str, tp: int) -> dict[
     options = TensorParallelConfig(tp_size=tp, quiet=True)
     model_class = class_named(class_name)
     config = config_for(model_class, AutoConfig.for_model(model_type))
-    row: dict[str, Any] = {}
+    found, options = examined(model_class, config, options, ParallelMesh.create(tp))
+    row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached")}
+    row |= {"fraction": found.fraction, "measured_on": "small copy"}
     if dist.get_rank() == 0:
         try:
             full = whole(on_meta(model_class, config), options)
-            row = {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source", "replicated")}
+            row |= {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source", "replicated")}
             row["measured_on"] = "default config"
             if full.refused:
                 row |= {"verdict": "refused", "sentence": full.refused}
         except Exception as failure:
-            row = {"sentence": f"its default config cannot be built: {short(failure)}"}
-    refused: list[Any] = [row.get("verdict")]
-    dist.broadcast_object_list(refused)
-    if refused[0]:
-        return row
-    found = parity_on_this_rank(model_class, config, options)
-    row |= {name: found[name] for name in ("verdict", "sentence", "errors", "worst")}
-    if "measured_on" not in row:
-        row |= {"fraction": found["fraction"], "measured_on": "small copy"}
+            row["note"] = f"its default config cannot be built: {short(failure)}"
     return row
 
 

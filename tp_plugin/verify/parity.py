@@ -23,6 +23,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan
 from tp_plugin.plans import plan as p
 from tp_plugin.sharding import Sharding, shard_in_place
+from tp_plugin.sharding.equal import comm_device
 from tp_plugin.verify.specimen import Specimen
 
 LIMITS = {"loss": 1e-5, "logits": 1e-4, "gradient": 1e-4}
@@ -52,6 +53,7 @@ class Parity:
         sentence: why it is not "equal": what differs first, and which rule placed it.
         worst: the parameter whose gradient differs most.
         fraction: parameters of the fullest rank over all, of the small model.
+        unreached: folded names of placed modules that the inputs did not reach, so that nothing is known of them.
     """
 
     verdict: str
@@ -59,12 +61,13 @@ class Parity:
     sentence: str = ""
     worst: str = ""
     fraction: float = 1.0
+    unreached: list[str] = dataclasses.field(default_factory=list)
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Run:
     """Forward with labels and plain backward. Without a loss of its own the model gets a mean of squares."""
-    torch.manual_seed(11)
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(11)
     output = model(**inputs)
     logits = _logits(output)
     loss = getattr(output, "loss", None)
@@ -104,10 +107,16 @@ def examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMesh
     Every rank returns the same. A rank that raises in the sharded run alone leaves its peers in a collective: callers
     give the group a time limit.
     """
-    truth_model = specimen.build()
-    inputs = specimen.inputs(truth_model)
+    device = comm_device(mesh.tp_group)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return _examine(specimen, config, mesh, device)
+
+
+def _examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMesh, device: torch.device) -> Parity:
+    truth_model = specimen.build().to(device)
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in specimen.inputs(truth_model).items()}
     truth = run(truth_model, inputs)
-    model = specimen.build()
+    model = specimen.build().to(device)
     try:
         record = shard_in_place(model, dataclasses.replace(config, quiet=True), mesh)
     except TensorParallelError as refused:
@@ -118,16 +127,24 @@ def examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMesh
         where = _module_of(failure.__traceback__, model)
         text = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
         return Parity("broken", sentence=f"in {blame(where, record.plan)} sharded: {text}", fraction=record.fraction())
+    unreached = _unreached(truth, record.plan)
     errors, worst = _worst_of_all(*compare(truth, ours, record.layouts, mesh.tp_rank), mesh)
     if not excess(errors):
-        return Parity("equal", errors, worst=worst, fraction=record.fraction())
+        return Parity("equal", errors, worst=worst, fraction=record.fraction(), unreached=unreached)
     where = first_difference(truth_model, model, inputs, record)
     what = ", ".join(f"{name} {errors[name]:.1e}" for name in excess(errors))
     culprit = f"the output of {blame(where, record.plan)} differs first" if where is not None else "every output agrees"
     gradient = _first_gradient(truth_model, truth, ours, record)
     if where is None and gradient:
         culprit += f", the gradient of {blame(gradient, record.plan)} differs first in backward"
-    return Parity("differs", errors, f"sharded and unsharded differ ({what}): {culprit}", worst, record.fraction())
+    sentence = f"sharded and unsharded differ ({what}): {culprit}"
+    return Parity("differs", errors, sentence, worst, record.fraction(), unreached)
+
+
+def _unreached(truth: Run, plan: Plan) -> list[str]:
+    reached = {name.rpartition(".")[0] for name, gradient in truth.gradients.items() if gradient is not None}
+    with_parameters = {name.rpartition(".")[0] for name in truth.gradients}
+    return p.fold_all(name for name in plan.placements if name in with_parameters - reached)
 
 
 def excess(errors: dict[str, float]) -> list[str]:
@@ -174,7 +191,7 @@ def first_difference(truth_model: nn.Module, model: nn.Module, inputs: dict[str,
         placement = record.plan.placements.get(name)
         if placement is not None and placement.style == p.COLUMN and tensor.shape != other.shape:
             layout = placement.layouts.get("weight")
-            if placement.repeats is not None or layout is None or layout.dim is None:
+            if placement.outputs is not None or layout is None or layout.dim is None:
                 continue
             if tensor.shape[-1] == layout.shape[layout.dim]:
                 tensor = layout.along(tensor.dim() - 1, tensor.shape).shard(tensor, record.mesh.tp_rank)
@@ -214,7 +231,8 @@ def _relative(ours: torch.Tensor | None, truth: torch.Tensor, floor: float) -> f
         return math.inf
     ours, truth = ours.double(), truth.double()
     same = ours == truth  # infinities of masks too
-    return float((ours - truth).masked_fill(same, 0).norm() / truth.masked_fill(same & truth.isinf(), 0).norm().clamp_min(floor or 1e-12))
+    size = truth.masked_fill(same & truth.isinf(), 0).norm().clamp_min(floor or 1e-12)
+    return float((ours - truth).masked_fill(same, 0).norm() / size)
 
 
 def _worst_of_all(errors: dict[str, float], worst: str, mesh: ParallelMesh) -> tuple[dict[str, float], str]:

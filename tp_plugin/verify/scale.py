@@ -37,6 +37,10 @@ _NO_WIDTH = re.compile(
 )
 _EXPERTS = re.compile(r"n_routed_experts|num_experts|num_local_experts|moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_LEFT_OPEN = {
+    "vocab_size": 131, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "pad_token_id": 0,
+}  # fmt: skip
 _TOKEN_ID = re.compile(r"\w*(token_ids?|token_index|_index|_id|_idx)")
 _PERIOD = re.compile(r"\w*(layer\w*(period|interval|freq|step|group_size)|every_n_layers|sparse_step|interval|frequency)")
 _PATTERN = re.compile(r"\w*(layer_offset|sliding_window_pattern)")
@@ -62,21 +66,28 @@ def scaled(config: Any, *, widths: bool = True, vocabulary: bool = True) -> Any:
     small = copy.deepcopy(config)
     parts = list(configs_in(small))
     for part in parts:
+        _complete(part)
         if len(parts) > 1:
             _explicit_sections(part)
         _fewer_layers(part)
         _fewer_experts(part)
         _no_randomness(part)
-    for part in parts:
-        _explicit_head_dim(part)
     if widths:
-        hiddens: dict[int, int] = {}
         factors = [_factor(part) for part in parts]
+        common: dict[int, int] = {}  # parts that are equally wide stay so
         for part, factor in zip(parts, factors, strict=True):
-            for name in _HIDDEN:
-                value = vars(part).get(name)
-                if factor > 1 and isinstance(value, int) and value % factor == 0:
-                    hiddens.setdefault(value, value // factor)
+            for value in _hiddens(part):
+                common[value] = math.gcd(common.get(value, factor), factor)
+        factors = [
+            math.gcd(factor, *(common[value] for value in _hiddens(part)))
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        hiddens = {
+            value: value // factor
+            for part, factor in zip(parts, factors, strict=True)
+            for value in _hiddens(part)
+            if factor > 1 and value % factor == 0
+        }
         for part, factor in zip(parts, factors, strict=True):
             _narrow(part, factor, hiddens)
     if vocabulary:
@@ -102,6 +113,8 @@ def _fewer_layers(config: Any) -> None:
                 wanted += [v] if _PERIOD.fullmatch(name) or name.endswith("sliding_window_pattern") else []
                 wanted += [v + 1] if name.endswith("layer_offset") else []
     left = min(max(wanted), MOST_LAYERS, total)
+    if fields.get("num_kv_shared_layers"):  # each kind of layer once with its own keys and values, once without
+        left = min(2 * left, total)
     for name, count in counts.items():
         fields[name] = min(left, count)
     for name, v in list(fields.items()):
@@ -114,7 +127,7 @@ def _fewer_layers(config: Any) -> None:
             if name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") and v > 1:
                 fields[name] = 1
             elif name == "num_kv_shared_layers" and v > 0:
-                fields[name] = max(1, left // 2)
+                fields[name] = left // 2
             elif name in ("max_window_layers", "moe_layer_end_index") and v > left:
                 fields[name] = left - (name == "moe_layer_end_index")
 
@@ -158,9 +171,20 @@ def _no_randomness(config: Any) -> None:
 # ---- width -----------------------------------------------------------------------------------------------------------
 
 
-def _explicit_head_dim(config: Any) -> None:
-    """Written down where it follows from the hidden size, which after scaling it might not."""
+def _hiddens(config: Any) -> list[int]:
+    return [v for name in _HIDDEN if type(v := vars(config).get(name)) is int and v > 0]
+
+
+def _complete(config: Any) -> None:
+    """What a class's defaults leave open and its model cannot do without; every checkpoint says it."""
     fields = vars(config)
+    for name, value in _LEFT_OPEN.items():
+        if fields.get(name, 0) is None:
+            fields[name] = value
+    if fields.get("num_key_value_heads", 0) is None and type(fields.get("num_attention_heads")) is int:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if config.model_type == "xmod":
+        fields["default_language"] = fields.get("default_language") or fields["languages"][0]
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
     if type(heads) is int and type(hidden) is int and 0 < heads <= hidden and fields.get("head_dim", 0) is None:
         fields["head_dim"] = hidden // heads
@@ -175,8 +199,10 @@ def _factor(config: Any) -> int:
     hidden = next((fields[name] for name in _HIDDEN if type(fields.get(name)) is int and fields[name] > 0), None)
     sizes = [v for name, v in fields.items() if _HEAD_DIM.fullmatch(name) and type(v) is int and v > 0]
     sizes += [hidden // n for n in heads if hidden and hidden % n == 0 and not fields.get("head_dim")]
-    if not sizes or hidden is None:
+    if hidden is None:
         return 1
+    if not sizes:  # no attention
+        return 16 if hidden % 16 == 0 and hidden >= 512 else 1
     sections = [s for v in _rope_dicts(fields) for name, s in v.items() if name.endswith("section")]
     common = math.gcd(*sizes)
     fits = [
@@ -195,7 +221,8 @@ def _explicit_sections(config: Any) -> None:
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
     if isinstance(rope, dict) and "rope_theta" in rope and heads and hidden and "vocab_size" in fields:
         if (fields.get("head_dim") or hidden // heads) == 128:
-            rope.setdefault("mrope_section", [16, 24, 24])
+            share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+            rope.setdefault("mrope_section", [int(n * share) for n in (16, 24, 24)])
 
 
 def _rope_dicts(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -222,7 +249,7 @@ def _narrow(config: Any, factor: int, hiddens: dict[int, int]) -> None:
 def _narrowed(name: str, value: int, factor: int, hiddens: dict[int, int]) -> int:
     if _HEAD_DIM.fullmatch(name):
         return value // factor
-    if _NO_WIDTH.fullmatch(name) or not (_WIDTH.fullmatch(name) or name in _HIDDEN):
+    if name not in (*_HIDDEN, "n_inner") and (_NO_WIDTH.fullmatch(name) or not _WIDTH.fullmatch(name)):
         return value
     if value in hiddens:
         return hiddens[value]

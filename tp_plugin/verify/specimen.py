@@ -120,6 +120,11 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield base | extra
     if "bbox" in takes:
         yield base | {"bbox": torch.arange(4).expand(*shape, 4) * 5}
+    if "use_cache" in takes:
+        yield base | {"use_cache": False}
+    books = vars(model.config).get("num_codebooks")
+    if books and "input_ids" in base:
+        yield base | {"input_ids": base["input_ids"].repeat(books, 1), "labels": base["input_ids"][..., None].repeat(1, 1, books)}
     if "decoder_input_ids" in takes and "decoder_input_ids" not in base:
         yield base | {"decoder_input_ids": base.get("labels", zeros).clamp_min(1)}
 
