@@ -24,7 +24,15 @@ BERT = ATTENTION | {
     "attention_probs_dropout_prob": 0.0,
     "max_position_embeddings": 64,
 }
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 53, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 53,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
 BART = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -47,12 +55,16 @@ WHISPER = {key: value for key, value in BART.items() if key != "max_position_emb
 
 CAUSAL, MASKED, SEQ2SEQ, SPEECH, CLASSES = "causal", "masked", "seq2seq", "speech", "classes"
 
+NEOX = ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53}
+OPT = ATTENTION | {"num_hidden_layers": 2, "ffn_dim": 53, "max_position_embeddings": 64, "dropout": 0.0}
+MODERNBERT = NEOX | {"local_attention": 8, "global_attn_every_n_layers": 2}
+
 # name -> (model class, config class, options, kind)
 ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA, CAUSAL),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | GPT2_QUIET, CAUSAL),
     "gpt2 classes": ("GPT2ForSequenceClassification", "GPT2Config", GPT2 | GPT2_QUIET, CLASSES),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53}, CAUSAL),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX, CAUSAL),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT2 | GPT2_QUIET | {"rotary_dim": 4}, CAUSAL),
     "gpt_neo": (
         "GPTNeoForCausalLM",
@@ -71,13 +83,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         CAUSAL,
     ),
-    "opt": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        ATTENTION
-        | {"num_hidden_layers": 2, "ffn_dim": 53, "max_position_embeddings": 64, "dropout": 0.0, "word_embed_proj_dim": 32},
-        CAUSAL,
-    ),
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT | {"word_embed_proj_dim": 32}, CAUSAL),
     "bloom": ("BloomForCausalLM", "BloomConfig", BLOOM, CAUSAL),
     "falcon 7b": ("FalconForCausalLM", "FalconConfig", FALCON | {"multi_query": True}, CAUSAL),
     "falcon new": (
@@ -103,12 +109,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bert causal": ("BertLMHeadModel", "BertConfig", BERT | {"is_decoder": True}, CAUSAL),
     "bert classes": ("BertForSequenceClassification", "BertConfig", BERT, CLASSES),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT, MASKED),
-    "modernbert": (
-        "ModernBertForMaskedLM",
-        "ModernBertConfig",
-        ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53, "local_attention": 8, "global_attn_every_n_layers": 2},
-        MASKED,
-    ),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", MODERNBERT, MASKED),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, SEQ2SEQ),
     "t5 gated": (
         "T5ForConditionalGeneration",
