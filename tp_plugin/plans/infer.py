@@ -30,7 +30,17 @@ _ROLES = {
     **dict.fromkeys(("value_proj", "v_linear", "linear_v", "project_v", "to_v", "Wv", "value_linear"), "value"),
 }
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads", "h")
-_WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "hidden_size", "d_model", "dim", "width", "hidden_dim", "attn_dim")
+_WIDTHS = (
+    "all_head_size",
+    "inner_dim",
+    "embed_dim",
+    "hidden_size",
+    "d_model",
+    "dim",
+    "width",
+    "hidden_dim",
+    "attn_dim",
+)
 
 
 def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
@@ -54,7 +64,7 @@ def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
                 continue
             for rules in find(block, modules, claimed):
                 claimed |= rules.keys()
-                for name, rule in rules.items():
+                for rule in rules.values():
                     known = found.setdefault(rule.pattern, rule)
                     clashing |= {rule.pattern} if known != rule else set()
     blocks = {_block_pattern(found[pattern]) for pattern in clashing}
@@ -135,7 +145,9 @@ def _mlp(block: str, modules: Modules, claimed: set[str]) -> Iterator[dict[str, 
             for name in columns
         }
         rules[row] = Rule(fold(row), p.ROW, SOURCE, up=up, region=SOURCE)
-        rest = _rest(block, modules, rules, {inner, *(out_features(modules[n]) for n in columns)} - {hidden}, {}, claimed)
+        rest = _rest(
+            block, modules, rules, {inner, *(out_features(modules[n]) for n in columns)} - {hidden}, {}, claimed
+        )
         if rest is not None:
             yield rules | rest
             return

@@ -70,7 +70,8 @@ def whole(model: nn.Module, config: TensorParallelConfig) -> Whole:
         for name, placement in plan.placements.items()
         for leaf, layout in placement.layouts.items()
     }
-    total, held, kept = 0, [0] * config.tp_size, {}
+    kept: dict[str, int] = {}
+    total, held = 0, [0] * config.tp_size
     for name, param in model.named_parameters():
         total += param.numel()
         layout = layouts.get(id(param))
@@ -146,4 +147,3 @@ def short(failure: BaseException) -> str:
     """An exception in one line."""
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {' '.join(lines)[:200] if lines else ''}"
-

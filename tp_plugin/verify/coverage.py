@@ -187,4 +187,7 @@ def chosen(only: str | None) -> list[str]:
 
 def environment() -> str:
     """The versions in a line."""
-    return ", ".join(f"{name} {version}" for name, version in versions().items()) + f", on {torch.get_num_threads()} CPU threads"
+    return (
+        ", ".join(f"{name} {version}" for name, version in versions().items())
+        + f", on {torch.get_num_threads()} CPU threads"
+    )

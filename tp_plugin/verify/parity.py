@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
-from tp_plugin.lazy import VocabParallelLogits
+from tp_plugin.lazy import VocabParallelLogits, materialise_outputs
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan
 from tp_plugin.plans import plan as p
@@ -76,7 +77,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Run:
             raise TensorParallelError(f"{type(model).__name__} returns neither a loss nor logits.")
         loss = logits.float().square().mean()
     with torch.no_grad():
-        whole = None if logits is None else (logits.materialize() if _lazy(logits) else logits).detach().float()
+        whole = None if logits is None else materialise_outputs(logits).detach().float()
     loss.sum().backward()
     return Run(
         float(loss.detach().sum()),
@@ -124,9 +125,11 @@ def _examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMes
     try:
         ours = run(model, inputs)
     except Exception as failure:
-        where = _module_of(failure.__traceback__, model)
+        raised_in = _module_of(failure.__traceback__, model)
         text = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
-        return Parity("broken", sentence=f"in {blame(where, record.plan)} sharded: {text}", fraction=record.fraction())
+        return Parity(
+            "broken", sentence=f"in {blame(raised_in, record.plan)} sharded: {text}", fraction=record.fraction()
+        )
     unreached = _unreached(truth, record.plan)
     errors, worst = _worst_of_all(*compare(truth, ours, record.layouts, mesh.tp_rank), mesh)
     if not excess(errors):
@@ -152,7 +155,7 @@ def excess(errors: dict[str, float]) -> list[str]:
     return [name for name, error in errors.items() if not error <= LIMITS[name]]
 
 
-def compare(truth: Run, ours: Run, layouts: dict[str, ShardLayout], tp_rank: int) -> tuple[dict[str, float], str]:
+def compare(truth: Run, ours: Run, layouts: Mapping[str, ShardLayout], tp_rank: int) -> tuple[dict[str, float], str]:
     """Relative errors of this rank, and the name of the parameter whose gradient differs most."""
     errors = {"loss": abs(ours.loss - truth.loss) / max(abs(truth.loss), 1e-12), "logits": 0.0, "gradient": 0.0}
     if truth.logits is not None:
@@ -166,7 +169,7 @@ def compare(truth: Run, ours: Run, layouts: dict[str, ShardLayout], tp_rank: int
 
 
 def gradient_errors(
-    truth: Run, ours: Run, layouts: dict[str, ShardLayout], tp_rank: int, floor: float
+    truth: Run, ours: Run, layouts: Mapping[str, ShardLayout], tp_rank: int, floor: float
 ) -> dict[str, float]:
     """Relative error of every parameter's gradient, each shard against the same shard of the truth."""
     found = {}
@@ -238,9 +241,12 @@ def _relative(ours: torch.Tensor | None, truth: torch.Tensor, floor: float) -> f
 def _worst_of_all(errors: dict[str, float], worst: str, mesh: ParallelMesh) -> tuple[dict[str, float], str]:
     found: list[Any] = [(errors, worst)] * mesh.tp_size
     dist.all_gather_object(found, (errors, worst), group=mesh.tp_group)
-    nan_first = lambda error: math.inf if math.isnan(error) else error  # noqa: E731
-    total = {name: max((e[name] for e, _ in found), key=nan_first) for name in errors}
-    return total, max(found, key=lambda item: nan_first(item[0]["gradient"]))[1]
+    total = {name: max((e[name] for e, _ in found), key=_nan_last) for name in errors}
+    return total, max(found, key=lambda item: _nan_last(item[0]["gradient"]))[1]
+
+
+def _nan_last(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,9 @@ _HEAD_DIM = re.compile(
     r"head_dim|d_kv|d_head|kv_channels|dim_head|attention_head_(dim|size)|rotary_dim|v_head_dim|qk_\w*head_dim|"
     r"(swa|linear|index|global|linear_key|linear_value|resampler|mamba)_head_dim"
 )
-_WIDTH = re.compile(r"\w*(hidden|intermediate|embed(ding)?|inner|ffn|mlp|lora|projection|latent|kv|state|ff|size|dim|rank)\w*")
+_WIDTH = re.compile(
+    r"\w*(hidden|intermediate|embed(ding)?|inner|ffn|mlp|lora|projection|latent|kv|state|ff|size|dim|rank)\w*"
+)
 _NO_WIDTH = re.compile(
     r"(num_|n_|max_|use_|type_)\w*|\w*(vocab|patch|image|kernel|window|chunk|block|position|pad|stride|batch|length|ratio|"
     r"mult|factor|expand|layer|bucket|group|resolution|frame|grid|merge|codebook|context|channel|crop|sampling|drop|std|"
@@ -42,7 +44,9 @@ _LEFT_OPEN = {
     "topk_group": 1, "pad_token_id": 0,
 }  # fmt: skip
 _TOKEN_ID = re.compile(r"\w*(token_ids?|token_index|_index|_id|_idx)")
-_PERIOD = re.compile(r"\w*(layer\w*(period|interval|freq|step|group_size)|every_n_layers|sparse_step|interval|frequency)")
+_PERIOD = re.compile(
+    r"\w*(layer\w*(period|interval|freq|step|group_size)|every_n_layers|sparse_step|interval|frequency)"
+)
 _PATTERN = re.compile(r"\w*(layer_offset|sliding_window_pattern)")
 _RANDOM = re.compile(r"\w*(drop|jitter|mask_(time|feature)_prob)\w*")
 
@@ -208,7 +212,10 @@ def _factor(config: Any) -> int:
     fits = [
         f
         for f in range(1, common + 1)
-        if common % f == 0 and hidden % f == 0 and max(sizes) // f >= 8 and all(s // f % 2 == 0 and s // f >= 4 for s in sizes)
+        if common % f == 0
+        and hidden % f == 0
+        and max(sizes) // f >= 8
+        and all(s // f % 2 == 0 and s // f >= 4 for s in sizes)
         and all(i % f == 0 for section in sections for i in section)
     ]
     return max(fits, default=1)
@@ -266,7 +273,12 @@ def _shrink_vocabularies(parts: list[Any]) -> None:
     fresh = iter(PRIMES)
     for part in sorted(parts, key=lambda part: "text" not in part.model_type):
         for name, value in list(vars(part).items()):
-            if "vocab_size" in name and type(value) is int and value > 512 and (value in sizes or len(sizes) < len(PRIMES)):
+            if (
+                "vocab_size" in name
+                and type(value) is int
+                and value > 512
+                and (value in sizes or len(sizes) < len(PRIMES))
+            ):
                 sizes[value] = vars(part)[name] = sizes.get(value) or next(fresh)
     if not sizes:
         return

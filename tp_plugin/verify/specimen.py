@@ -124,7 +124,10 @@ def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield base | {"use_cache": False}
     books = vars(model.config).get("num_codebooks")
     if books and "input_ids" in base:
-        yield base | {"input_ids": base["input_ids"].repeat(books, 1), "labels": base["input_ids"][..., None].repeat(1, 1, books)}
+        yield base | {
+            "input_ids": base["input_ids"].repeat(books, 1),
+            "labels": base["input_ids"][..., None].repeat(1, 1, books),
+        }
     if "decoder_input_ids" in takes and "decoder_input_ids" not in base:
         yield base | {"decoder_input_ids": base.get("labels", zeros).clamp_min(1)}
 
@@ -164,10 +167,10 @@ def _ids(model: nn.Module, random: torch.Generator, length: int = LENGTH) -> tor
 
 def _audio(model: nn.Module, takes: Any) -> dict[str, Any] | None:
     """Sound for speech models: spectrograms as wide as the config says, or a raw wave."""
-    if model.main_input_name not in ("input_features", "input_values") or not model.config.is_encoder_decoder:
+    config: Any = model.config
+    if model.main_input_name not in ("input_features", "input_values") or not config.is_encoder_decoder:
         return None
     random = torch.Generator().manual_seed(7)
-    config: Any = model.config
     parts = list(configs_in(config))
     found: dict[str, Any] = {"labels": _ids(model, random)} if "labels" in takes else {}
     if model.main_input_name == "input_values":
@@ -177,5 +180,3 @@ def _audio(model: nn.Module, takes: Any) -> dict[str, Any] | None:
     if config.model_type == "whisper":
         return found | {"input_features": torch.randn(ROWS, bins, 2 * config.max_source_positions, generator=random)}
     return found | {"input_features": torch.randn(ROWS, 48, bins, generator=random)}
-
-
