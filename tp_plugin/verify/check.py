@@ -16,6 +16,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan, plan_for
 from tp_plugin.plans.plan import REPLICATED, fold, fold_all
 from tp_plugin.verify.parity import Parity, examine, reproducible
+from tp_plugin.verify.ranks import on_ranks
 from tp_plugin.verify.scale import scaled
 from tp_plugin.verify.specimen import Specimen, candidates
 
@@ -130,17 +131,49 @@ def examined(
         nothing is known of them, so their modules stay replicated.
     """
     try:
-        specimen = specimen_of(model_class, config)
+        with torch.random.fork_rng(devices=[]):
+            specimen = specimen_of(model_class, config)
     except TensorParallelError as failure:
         return Parity("untested", sentence=str(failure)), options
     found = examine(specimen, options, mesh)
     if found.unreached and options.infer == "checked":
-        plan = plan_for(on_meta(model_class, specimen.config), options.tp_size, options.plan)
+        with torch.random.fork_rng(devices=[]):
+            plan = plan_for(on_meta(model_class, specimen.config), options.tp_size, options.plan)
         inferred = fold_all(plan.inferred())
         doubtful = {name: REPLICATED for name in found.unreached if name in inferred}
         options = dataclasses.replace(options, plan={**options.plan, **doubtful})
         found = dataclasses.replace(found, unreached=[name for name in found.unreached if name not in doubtful])
     return found, options
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A check's result: the trial of a small copy, and the plan of the full model."""
+
+    parity: Parity
+    whole: Whole
+
+
+def check(
+    model_class: type[nn.Module], config: Any, options: TensorParallelConfig, *, timeout_s: float = 110.0
+) -> Checked:
+    """Examine ``model_class(config)`` over ``options.tp_size`` processes of this machine; needs no accelerator.
+
+    Raises:
+        TensorParallelError: a rank died or took longer than ``timeout_s``.
+    """
+
+    def on_this_rank() -> tuple[Parity, TensorParallelConfig]:
+        return examined(model_class, config, options, ParallelMesh.create(options.tp_size))
+
+    parity, options = on_ranks(options.tp_size, on_this_rank, timeout_s=timeout_s)[0]
+    try:
+        full = whole(on_meta(model_class, config), options)
+    except TensorParallelError:
+        raise
+    except Exception as failure:
+        full = Whole(refused=f"the full-size model cannot be built on the meta device: {short(failure)}")
+    return Checked(parity, full)
 
 
 def short(failure: BaseException) -> str:

@@ -226,10 +226,11 @@ def _explicit_sections(config: Any) -> None:
     fields = vars(config)
     rope = fields.get("rope_parameters")
     heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if isinstance(rope, dict) and "rope_theta" in rope and heads and hidden and "vocab_size" in fields:
-        if (fields.get("head_dim") or hidden // heads) == 128:
-            share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
-            rope.setdefault("mrope_section", [int(n * share) for n in (16, 24, 24)])
+    if not (isinstance(rope, dict) and "rope_theta" in rope and heads and hidden and "vocab_size" in fields):
+        return
+    if (fields.get("head_dim") or hidden // heads) == 128:
+        share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+        rope.setdefault("mrope_section", [int(n * share) for n in (16, 24, 24)])
 
 
 def _rope_dicts(fields: dict[str, Any]) -> list[dict[str, Any]]:
