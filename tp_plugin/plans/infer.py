@@ -9,6 +9,7 @@ cannot be read off shapes, so a plan with inferred rules is tried on a small cop
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Collection, Iterator
@@ -67,6 +68,8 @@ def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
                 for rule in rules.values():
                     known = found.setdefault(rule.pattern, rule)
                     clashing |= {rule.pattern} if known != rule else set()
+    of_all = {fold(name) for name in modules if name not in claimed and _layer(name) not in taken}
+    clashing |= of_all & found.keys()  # one pattern speaks of all layers or of none
     blocks = {_block_pattern(found[pattern]) for pattern in clashing}
     return [rule for rule in found.values() if _block_pattern(rule) not in blocks]
 
@@ -91,7 +94,14 @@ def _attention(block: str, modules: Modules, claimed: set[str]) -> Iterator[dict
     query, key, value = (modules[columns[role]] for role in ("query", "key", "value"))
     width, kv_width = out_features(query), out_features(key)
     head_dim = _head_dim(parent, width)
-    if not head_dim or width % head_dim or kv_width % head_dim or width % kv_width or out_features(value) != kv_width:
+    if (
+        _reads_whole_width(parent)
+        or not head_dim
+        or width % head_dim
+        or kv_width % head_dim
+        or width % kv_width
+        or out_features(value) != kv_width
+    ):
         return
     row, up = _output_of(block, modules, set(columns.values()), width, in_features(query))
     if not row:
@@ -159,10 +169,11 @@ def _columns_of(row: str, names: list[str], modules: Modules) -> list[str]:
         return []
     others = [n for n in names if n != row and inner in (in_features(modules[n]), out_features(modules[n]))]
     plain = [n for n in names if n != row and _shape(modules[n]) == (hidden, inner)]
+    before = names[: names.index(row)]
     packed = [n for n in names if n != row and _shape(modules[n]) == (hidden, 2 * inner)]
     if 1 <= len(plain) <= 2 and not packed and len(others) == len(plain):
-        return plain
-    return packed if len(packed) == 1 and not others else []
+        return plain if set(plain) & set(before) else []  # one that narrows first is a bottleneck
+    return packed if len(packed) == 1 and not others and packed[0] in before else []
 
 
 def _rest(
@@ -187,14 +198,23 @@ def _rest(
         sizes = {size for _, param in own for size in param.shape}
         if norm and len(sizes) == 1 and (size := sizes.pop()) not in inner:
             style = known.get(size, p.REPLICATED) if name.rpartition(".")[0] in _parents(rules) else p.REPLICATED
-        elif norm and not re.search(r"(^|_)[qkv]_|sub|inner|mid", name.rpartition(".")[2]) and not _beside(name, rules):
-            style = p.REPLICATED  # as wide as the block's input, and not among its projections
+        elif norm and _is_outer(name.rpartition(".")[2], _beside(name, rules)):
+            style = p.REPLICATED  # as wide as the block's input, and by its name not a projection's
+        elif not known and len(sizes) and not sizes & (inner | {1}) and not _beside(name, rules):
+            style = p.REPLICATED  # an attention beside an MLP
         elif isinstance(module, nn.Linear) and not set(_shape(module)) & inner and _beside(name, rules):
             style = p.REPLICATED  # a router or a gate of the block's input
         else:
             return None
         found[name] = Rule(fold(name), style, SOURCE, optional=True)
     return found
+
+
+def _is_outer(leaf: str, beside: bool) -> bool:
+    inside = re.search(r"(^|_)[qkv]_|sub|inner|mid", leaf)
+    return not inside and (
+        not beside or re.fullmatch(r"(layer_?)?norm|ln|LayerNorm|(out|output)_layer_?norm", leaf) is not None
+    )
 
 
 def _beside(name: str, rules: dict[str, Rule]) -> bool:
@@ -243,22 +263,34 @@ def _local(parent: nn.Module, queries: int, kvs: int, head_dim: int) -> Iterator
             yield name, p.GROUPS
         elif is_kv and value == kvs:
             yield name, p.KV_HEADS
-        elif leaf in _HEAD_COUNTS and value == queries:
+        elif (leaf in _HEAD_COUNTS or "head" in leaf) and value == queries:
             yield name, p.QUERY_HEADS
         elif leaf in _WIDTHS and value == queries * head_dim:
             yield name, p.QUERY_WIDTH
 
 
+def _reads_whole_width(parent: nn.Module) -> bool:
+    """Whether a forward takes the width from its input's shape, or is given something for every head, or is replaced."""
+    source = "".join(_methods(type(parent)))
+    widths = re.findall(r"\w+, *\w+, *([A-Za-z]\w*) = \w+\.(?:size\(\)|shape)\n", source)
+    takes = inspect.signature(parent.forward).parameters
+    return (
+        any(len(re.findall(rf"\b{name}\b", source)) > 1 for name in widths)
+        or any(re.search(r"bias|rel_|(^|_)rel", name) for name in takes)
+        or "Sparse" in type(parent).__name__
+    )
+
+
 def _attributes_read(kind: type) -> list[str]:
-    names: list[str] = []
+    return [name for source in _methods(kind) for name in re.findall(r"\bself\.((?:config\.)?\w+)", source)]
+
+
+def _methods(kind: type) -> Iterator[str]:
+    """The source of every method but ``__init__``, where it can be had."""
     for owner in kind.__mro__:
         if owner in (nn.Module, object):
-            break
+            return
         for name, method in vars(owner).items():
             if inspect.isfunction(method) and name != "__init__":
-                try:
-                    source = inspect.getsource(method)
-                except (OSError, TypeError):
-                    continue
-                names += re.findall(r"\bself\.((?:config\.)?\w+)", source)
-    return names
+                with contextlib.suppress(OSError, TypeError):
+                    yield inspect.getsource(method)

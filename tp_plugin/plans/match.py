@@ -61,7 +61,7 @@ def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) 
         for name, candidate in modules.items():
             if candidate is module and module is not None and getattr(matched.get(name), "source", "") != "yours":
                 found[name] = Rule(name, style, "vocabulary")
-                weights.add(id(getattr(module, "weight", None)))
+                weights.add(id(getattr(module, "weight", module)))
     for name, module in modules.items():
         tied = id(module._parameters.get("weight")) in weights and name not in found
         if tied and getattr(matched.get(name), "source", "") != "yours":

@@ -263,7 +263,7 @@ def _narrowed(name: str, value: int, factor: int, hiddens: dict[int, int]) -> in
         return hiddens[value]
     if value <= 64 or factor == 1:
         return value
-    return value // factor if value % factor == 0 else max(2, 2 * round(value / factor / 2))
+    return value // factor if value % factor == 0 else max(8, 8 * round(value / factor / 8))
 
 
 # ---- vocabulary ------------------------------------------------------------------------------------------------------
