@@ -24,7 +24,7 @@ BERT = ATTENTION | {
     "attention_probs_dropout_prob": 0.0,
     "max_position_embeddings": 64,
 }
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 53, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 53, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
 BART = {
     "d_model": 32,
     "encoder_layers": 2,

@@ -1,0 +1,80 @@
+"""Every dense family and kind of head against one unsharded process, through DeepSpeed's slot.
+
+As in ``test_parity.py``: one launch of ranks trains many configurations, each a test of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.support.ranks import on_ranks
+from tests.support.zoo import ZOO
+from tests.test_parity import LIMITS, run_cases
+
+TEN = ("phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon new", "olmo2", "bert", "t5", "bart")
+SIX_ON_THREE = {"num_attention_heads": 6, "hidden_size": 48}
+
+# heads that ranks share or use twice, packed and behind a wide norm; biases in all places
+PECULIAR = [
+    {"family": "phi3", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
+    {"family": "phi3", "stage": 2, "num_key_value_heads": 1},
+    {"family": "falcon new", "stage": 1, **SIX_ON_THREE, "num_kv_heads": 3},
+    {"family": "falcon new", "stage": 2, "num_kv_heads": 1},
+    {"family": "olmo2", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
+    {"family": "olmo2", "stage": 3, "num_key_value_heads": 1},
+    {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
+    {"family": "gpt2", "stage": 1, "tie_word_embeddings": False},
+    {"family": "gpt_neox", "stage": 1, "use_parallel_residual": False},
+    {"family": "opt", "stage": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    {"family": "modernbert", "stage": 1, "attention_bias": True, "mlp_bias": True, "norm_bias": True},
+    {"family": "modernbert", "stage": 1, "sparse_prediction": True},
+]
+FAST: dict[tuple[int, int], list[dict]] = {
+    (2, 2): [{"family": name, "stage": 1} for name in ZOO] + PECULIAR + [{"family": name, "stage": 3} for name in TEN],
+    (4, 2): [{"family": name, "stage": 2} for name in TEN],
+    (4, 4): [{"family": name, "stage": 1} for name in TEN],
+}
+CANNOT = {(4, "codegen")}  # eight heads in fours on each of four ranks; refused, see tests/plans
+SLOW: dict[tuple[int, int], list[dict]] = {
+    (world, tp): [
+        case
+        for stage in (0, 1, 2, 3)
+        for case in ({"family": name, "stage": stage} for name in ZOO)
+        if case not in FAST[world, tp] and (tp, case["family"]) not in CANNOT
+    ]
+    for world, tp in FAST
+}
+
+
+@functools.cache
+def launched(world: int, tp: int, slow: bool) -> list[list[dict[str, float] | str]]:
+    return on_ranks(world, run_cases, tp, (SLOW if slow else FAST)[world, tp], timeout_s=1800 if slow else 900)
+
+
+def parameters(table: dict[tuple[int, int], list[dict]]) -> list:
+    return [
+        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + "-".join(map(str, case.values())))
+        for (world, tp), cases in table.items()
+        for index, case in enumerate(cases)
+    ]
+
+
+def check(world: int, tp: int, index: int, slow: bool) -> None:
+    for rank, results in enumerate(launched(world, tp, slow)):
+        errors = results[index]
+        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
+        above = {name: value for name, value in errors.items() if not value <= LIMITS[name]}
+        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
+
+
+@pytest.mark.parametrize(("world", "tp", "index"), parameters(FAST))
+def test_equals_one_process(world, tp, index):
+    check(world, tp, index, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "tp", "index"), parameters(SLOW))
+def test_equals_one_process_everywhere(world, tp, index):
+    check(world, tp, index, slow=True)
