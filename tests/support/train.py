@@ -16,8 +16,9 @@ STEPS, MICRO, ACCUMULATION, CLIP = 3, 2, 2, 0.5
 
 def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
     """Parameters in two groups by name, as weight decay is usually applied."""
-    decay = [p for n, p in model.named_parameters() if "norm" not in n]
-    rest = [p for n, p in model.named_parameters() if "norm" in n]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in trained if "norm" not in n]
+    rest = [p for n, p in trained if "norm" in n]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     # epsilon well above the gradients' rounding noise, so that AdamW's first steps are not decided by it
     return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4) if name == "adamw" else torch.optim.SGD(groups, lr=0.5)
