@@ -10,6 +10,7 @@ LATENT = {
     "head_dim": None,
 }  # fmt: skip
 SHARED = {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+INDEXER = {"index_topk": 5, "index_n_heads": 2, "index_head_dim": 8}
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
@@ -83,6 +84,17 @@ MORE: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, **PLAIN,
     },
     "SolarOpen": {"moe_intermediate_size": 32, "n_shared_experts": 1, **ONE_GROUP, **ROUTED},
+    "AXK2": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER},
+    "DeepseekV32": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER},
+    "Flint": {"moe_intermediate_size": 32, "intermediate_size": 48, "sliding_window": 8, **PLAIN},
+    "GlmMoeDsa": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER},
+    "HYV4": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER, "gate_projection_size": 6, "initializer_range": 0.2},
+    "LongcatFlash": {
+        "ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
+        **LATENT, **ROUTED, "head_dim": 4,
+    },
+    "MiMoV2Flash": {"moe_intermediate_size": 32, "v_head_dim": 6, "sliding_window": 8, **ONE_GROUP, **ROUTED},
+    "MiniCPM3": LATENT,
 }  # fmt: skip
 """Others that transformers has."""
 CONFIGS = {"Llama4": "Llama4TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}

@@ -1,7 +1,7 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
 from tp_plugin.layers.embedding import VocabParallelEmbedding
-from tp_plugin.layers.enter import enter_after
+from tp_plugin.layers.enter import count_once, enter_after
 from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
 from tp_plugin.layers.head import VocabParallelHead
 from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
@@ -20,6 +20,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "WideRMSNorm",
+    "count_once",
     "enter_after",
     "set_local",
     "slice_heads",

@@ -35,6 +35,8 @@ ENTER = "enter"
 """Replicated; its output scales partial results, so the gradient of the output is summed over the TP group."""
 LATENT = "latent"
 """Replicated; the last ``qk_rope_head_dim`` of its outputs are a key that all heads share: as ``enter`` for those."""
+FIRST = "first"
+"""Without parameters, and its output is part of a partial result: the group's first rank counts it for all."""
 PARTIAL = "partial"
 """Replicated, but acting on sharded tensors: its gradient is summed over the TP group."""
 REPLICATED = "replicated"
@@ -42,7 +44,7 @@ REPLICATED = "replicated"
 
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
-    *(WIDE_NORM, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, PARTIAL, REPLICATED),
+    *(WIDE_NORM, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, FIRST, PARTIAL, REPLICATED),
 )
 
 QUERY_HEADS, KV_HEADS, GROUPS = "query heads", "kv heads", "query heads a kv head"

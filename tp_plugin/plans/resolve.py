@@ -69,7 +69,7 @@ def _place_region(
     rows = {name: rule for name, rule in members.items() if rule.style == p.ROW}
     followers = {name: rule for name, rule in members.items() if rule.style in (p.WIDE_NORM, p.PER_HEAD)}
     for name, rule in members.items():
-        if rule.style in (p.PARTIAL, p.ENTER):
+        if rule.style in (p.PARTIAL, p.ENTER, p.FIRST):
             placed[name] = Placement(name, rule.style, rule.source)
         elif rule.style == p.LATENT:
             placed[name] = Placement(name, rule.style, rule.source, tail=shared_key(name, modules))

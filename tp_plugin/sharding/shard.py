@@ -17,6 +17,7 @@ from tp_plugin.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
     WideRMSNorm,
+    count_once,
     enter_after,
     set_local,
     slice_heads,
@@ -136,6 +137,8 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         module = model.get_submodule(name)
         if placement.style in (p.ENTER, p.LATENT):
             enter_after(module, mesh, placement.tail)
+        if placement.style == p.FIRST:
+            count_once(module, mesh)
         if placement.style not in _CLASS_OF_STYLE:
             continue
         module.__class__ = _class_for(module, placement)
