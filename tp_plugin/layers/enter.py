@@ -31,11 +31,12 @@ def enter_after(module: nn.Module, mesh: ParallelMesh, tail: int | None = None) 
 def count_once(module: nn.Module, mesh: ParallelMesh) -> None:
     """Let the group's first rank alone count the output of ``module``, which is part of a partial result.
 
-    On the others it is zeros, without a gradient: what it is made of comes through a door that sums over the ranks.
+    On the others it is zeros, with a gradient of zeros: what it is made of comes through a door that sums over the
+    ranks. (Without any gradient, ZeRO-3 would see other modules in the backward of those ranks.)
     """
 
     @torch.compiler.disable
     def count(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output if mesh.tp_rank == 0 else torch.zeros_like(output)
+        return output if mesh.tp_rank == 0 else output * 0
 
     module.register_forward_hook(count)

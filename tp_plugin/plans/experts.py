@@ -29,8 +29,13 @@ def check_implementation(model: nn.Module) -> str | None:
     """The experts implementation that a transformers model is set to; None for a model that has no such choice.
 
     Raises:
-        TensorParallelError: it is one that was not tried with shards.
+        TensorParallelError: it is one that was not tried with shards, or kernels of the hub replace whole blocks.
     """
+    if getattr(model, "use_kernels", False):
+        raise TensorParallelError(
+            "the model's experts run in kernels of the hub, which tensor parallelism does not support; build it with "
+            "use_kernels=False."
+        )
     ask = getattr(model, "get_experts_implementation", None)
     chosen = {name for name in ask().values() if name} if callable(ask) else set()
     for name in sorted(chosen):

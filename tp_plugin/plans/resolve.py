@@ -44,8 +44,8 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
         found, region = _place_region(block, members, modules, tp_size)
         placements |= found
         regions += [region] if region else []
-    implementation = check_implementation(model)
     experts = [name for name, rule in matched.items() if rule.style == p.EXPERTS]
+    implementation = check_implementation(model) if experts else None
     for name in experts:
         placements[name] = place_experts(name, modules[name], matched[name], tp_size, implementation)
     placements = {name: placements[name] for name in modules if name in placements}

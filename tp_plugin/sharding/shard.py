@@ -31,6 +31,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
+from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
@@ -82,6 +83,8 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     _swap(model, plan, mesh, config)
     _sum_partial(model, plan, mesh)
     _guard(model, mesh, config)
+    if plan.mixtures:
+        _guard_experts(model)
     sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
     record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
     setattr(model, ATTRIBUTE, record)
@@ -251,3 +254,27 @@ def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -
 
     if hasattr(model, "resize_token_embeddings"):
         model.resize_token_embeddings = refuse  # type: ignore[assignment]
+
+
+def _guard_experts(model: nn.Module) -> None:
+    """No late change to a way of computing experts that does not know of shards."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise TensorParallelError(
+            "kernels of the hub replace whole mixtures of experts, and this model's are sharded; build it with "
+            "use_kernels=False."
+        )
+
+    def choose(implementation: object) -> None:
+        before = model.get_experts_implementation()  # type: ignore[operator]
+        type(model).set_experts_implementation(model, implementation)  # type: ignore[attr-defined]
+        try:
+            check_implementation(model)
+        except TensorParallelError:
+            type(model).set_experts_implementation(model, before)  # type: ignore[attr-defined]
+            raise
+
+    if hasattr(model, "set_use_kernels"):
+        model.set_use_kernels = refuse  # type: ignore[assignment]
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation = choose  # type: ignore[assignment]
