@@ -138,19 +138,27 @@ def data_for(name: str) -> Callable[[int, int], dict[str, torch.Tensor]]:
     kind = ZOO[name][3]
 
     def make_batch(step: int, rows: int) -> dict[str, torch.Tensor]:
-        data = batch(step, rows)
+        data = padded(batch(step, rows)) if step % 2 and kind != SPEECH else batch(step, rows)
         random = torch.Generator().manual_seed(500 + step)
         if kind == CLASSES:
             ids = data["input_ids"].clamp_min(3)
             ids[:, -1] = 2  # BART reads the state of the last end token
             return {"input_ids": ids, "labels": torch.randint(0, 3, (rows,), generator=random)}
         if kind == SEQ2SEQ:
-            return data | {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            data |= {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            return data | ({"attention_mask": data["attention_mask"][:, -9:]} if "attention_mask" in data else {})
         if kind == SPEECH:
             return {"labels": data["labels"], "input_features": torch.randn(rows, 4, 16, generator=random)}
         return data
 
     return make_batch
+
+
+def padded(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with two tokens of padding in every other row, and a mask."""
+    mask = torch.ones_like(data["input_ids"])
+    mask[::2, -2:] = 0
+    return data | {"labels": data["labels"].masked_fill(mask == 0, -100), "attention_mask": mask}
 
 
 def counts_items(name: str) -> bool:

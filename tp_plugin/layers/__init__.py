@@ -1,5 +1,6 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
+from tp_plugin.layers.each_head import EachHead
 from tp_plugin.layers.embedding import VocabParallelEmbedding
 from tp_plugin.layers.head import VocabParallelHead
 from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
@@ -11,6 +12,7 @@ from tp_plugin.layers.region import Region
 __all__ = [
     "ColumnParallel",
     "ColumnParallelLinear",
+    "EachHead",
     "Region",
     "RowParallel",
     "RowParallelLinear",
