@@ -119,6 +119,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART, SEQ2SEQ),
     "bart classes": ("BartForSequenceClassification", "BartConfig", BART | {"eos_token_id": 2}, CLASSES),
+    "bert to gpt2": ("EncoderDecoderModel", "EncoderDecoderConfig", {}, SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, SPEECH),
 }  # fmt: skip
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": V}
@@ -129,7 +130,13 @@ def build(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     model_class, config_class, sizes, kind = ZOO[name]
     labels = {"num_labels": 3} if kind == CLASSES else {}
     torch.manual_seed(seed)
-    model = getattr(hf, model_class)(getattr(hf, config_class)(**SPECIAL | sizes | labels | options))
+    if config_class == "EncoderDecoderConfig":
+        parts = hf.BertConfig(**SPECIAL | BERT), hf.GPT2Config(**SPECIAL | GPT2 | GPT2_QUIET, add_cross_attention=True)
+        config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    else:
+        config = getattr(hf, config_class)(**SPECIAL | sizes | labels | options)
+    model = getattr(hf, model_class)(config)
     return perturb(model, seed)
 
 
