@@ -24,7 +24,15 @@ BERT = ATTENTION | {
     "attention_probs_dropout_prob": 0.0,
     "max_position_embeddings": 64,
 }
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 53, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 53,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
 BART = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -47,12 +55,16 @@ WHISPER = {key: value for key, value in BART.items() if key != "max_position_emb
 
 CAUSAL, MASKED, SEQ2SEQ, SPEECH, CLASSES = "causal", "masked", "seq2seq", "speech", "classes"
 
+NEOX = ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53}
+OPT = ATTENTION | {"num_hidden_layers": 2, "ffn_dim": 53, "max_position_embeddings": 64, "dropout": 0.0}
+MODERNBERT = NEOX | {"local_attention": 8, "global_attn_every_n_layers": 2}
+
 # name -> (model class, config class, options, kind)
 ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA, CAUSAL),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | GPT2_QUIET, CAUSAL),
     "gpt2 classes": ("GPT2ForSequenceClassification", "GPT2Config", GPT2 | GPT2_QUIET, CLASSES),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53}, CAUSAL),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX, CAUSAL),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", GPT2 | GPT2_QUIET | {"rotary_dim": 4}, CAUSAL),
     "gpt_neo": (
         "GPTNeoForCausalLM",
@@ -71,13 +83,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         CAUSAL,
     ),
-    "opt": (
-        "OPTForCausalLM",
-        "OPTConfig",
-        ATTENTION
-        | {"num_hidden_layers": 2, "ffn_dim": 53, "max_position_embeddings": 64, "dropout": 0.0, "word_embed_proj_dim": 32},
-        CAUSAL,
-    ),
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT | {"word_embed_proj_dim": 32}, CAUSAL),
     "bloom": ("BloomForCausalLM", "BloomConfig", BLOOM, CAUSAL),
     "falcon 7b": ("FalconForCausalLM", "FalconConfig", FALCON | {"multi_query": True}, CAUSAL),
     "falcon new": (
@@ -103,12 +109,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bert causal": ("BertLMHeadModel", "BertConfig", BERT | {"is_decoder": True}, CAUSAL),
     "bert classes": ("BertForSequenceClassification", "BertConfig", BERT, CLASSES),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT, MASKED),
-    "modernbert": (
-        "ModernBertForMaskedLM",
-        "ModernBertConfig",
-        ATTENTION | {"num_hidden_layers": 2, "intermediate_size": 53, "local_attention": 8, "global_attn_every_n_layers": 2},
-        MASKED,
-    ),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", MODERNBERT, MASKED),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, SEQ2SEQ),
     "t5 gated": (
         "T5ForConditionalGeneration",
@@ -118,6 +119,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART, SEQ2SEQ),
     "bart classes": ("BartForSequenceClassification", "BartConfig", BART | {"eos_token_id": 2}, CLASSES),
+    "bert to gpt2": ("EncoderDecoderModel", "EncoderDecoderConfig", {}, SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, SPEECH),
 }  # fmt: skip
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": V}
@@ -128,7 +130,13 @@ def build(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     model_class, config_class, sizes, kind = ZOO[name]
     labels = {"num_labels": 3} if kind == CLASSES else {}
     torch.manual_seed(seed)
-    model = getattr(hf, model_class)(getattr(hf, config_class)(**SPECIAL | sizes | labels | options))
+    if config_class == "EncoderDecoderConfig":
+        parts = hf.BertConfig(**SPECIAL | BERT), hf.GPT2Config(**SPECIAL | GPT2 | GPT2_QUIET, add_cross_attention=True)
+        config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    else:
+        config = getattr(hf, config_class)(**SPECIAL | sizes | labels | options)
+    model = getattr(hf, model_class)(config)
     return perturb(model, seed)
 
 
@@ -137,19 +145,27 @@ def data_for(name: str) -> Callable[[int, int], dict[str, torch.Tensor]]:
     kind = ZOO[name][3]
 
     def make_batch(step: int, rows: int) -> dict[str, torch.Tensor]:
-        data = batch(step, rows)
+        data = padded(batch(step, rows)) if step % 2 and kind != SPEECH else batch(step, rows)
         random = torch.Generator().manual_seed(500 + step)
         if kind == CLASSES:
             ids = data["input_ids"].clamp_min(3)
             ids[:, -1] = 2  # BART reads the state of the last end token
             return {"input_ids": ids, "labels": torch.randint(0, 3, (rows,), generator=random)}
         if kind == SEQ2SEQ:
-            return data | {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            data |= {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            return data | ({"attention_mask": data["attention_mask"][:, -9:]} if "attention_mask" in data else {})
         if kind == SPEECH:
             return {"labels": data["labels"], "input_features": torch.randn(rows, 4, 16, generator=random)}
         return data
 
     return make_batch
+
+
+def padded(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with two tokens of padding in every other row, and a mask."""
+    mask = torch.ones_like(data["input_ids"])
+    mask[::2, -2:] = 0
+    return data | {"labels": data["labels"].masked_fill(mask == 0, -100), "attention_mask": mask}
 
 
 def counts_items(name: str) -> bool:

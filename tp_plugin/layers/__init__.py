@@ -1,5 +1,6 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
+from tp_plugin.layers.each_head import EachHead
 from tp_plugin.layers.embedding import VocabParallelEmbedding
 from tp_plugin.layers.enter import count_once, enter_after
 from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
@@ -13,6 +14,7 @@ from tp_plugin.layers.region import Region
 __all__ = [
     "ColumnParallel",
     "ColumnParallelLinear",
+    "EachHead",
     "ParallelExperts",
     "Region",
     "RowParallel",

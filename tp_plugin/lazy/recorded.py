@@ -204,6 +204,20 @@ def _negate(func, logits, args, kwargs):
     return NotImplemented if args or kwargs else _transformed(logits, logits._recipe.transform.times(-1.0))
 
 
+@answers(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
+def _add_row(func, logits, args, kwargs):
+    """A constant for each word, as BART adds: part of the head's bias from then on, with no gradient of its own."""
+    row, recipe = args[0] if len(args) == 1 else None, logits._recipe
+    if kwargs or type(row) is not Tensor or row.requires_grad or not recipe.transform.identity or recipe.normalised:
+        return NotImplemented
+    one_row = row.numel() == row.shape[-1] == logits.shape[-1] if row.dim() else False
+    if not one_row or row.dim() > logits.dim() or (row.dtype, row.device) != (logits.dtype, logits.device):
+        return NotImplemented
+    own = row.reshape(-1)[recipe.vocab.start : recipe.vocab.stop].to(recipe.hidden.dtype)
+    recipe = dataclasses.replace(recipe, bias=own.clone() if recipe.bias is None else recipe.bias + own)
+    return nodes.step(logits, recipe, logits.shape, logits.dtype, Family())
+
+
 @answers(torch.tanh, Tensor.tanh, F.tanh)
 def _tanh(func, logits, args, kwargs):
     transform = logits._recipe.transform

@@ -8,10 +8,10 @@ from typing import Any
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
-from tp_plugin.plans.checks import in_features, out_dim, out_features
+from tp_plugin.plans.checks import in_features, out_dim, out_features, require_wide_norm
 from tp_plugin.plans.heads import HeadShards, deal_heads
 from tp_plugin.plans.match import Modules
-from tp_plugin.plans.packing import PACKINGS, cut
+from tp_plugin.plans.packing import PACKINGS, cut, local_heads
 from tp_plugin.plans.plan import HeadInput, Local, Placement, RegionPlan, Rule
 
 ROLES = {
@@ -115,7 +115,9 @@ class Attention:
         return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
 
     def follower(self, name: str, rule: Rule) -> Placement:
-        """A wide norm, or a per-head parameter (``name`` is the parameter's)."""
+        """A wide norm, a list with a module a head, or a per-head parameter (``name`` is the parameter's)."""
+        if rule.style == p.EACH_HEAD:
+            return self._each_head(name, rule)
         owner, _, leaf = name.rpartition(".") if rule.style == p.PER_HEAD else (name, "", "weight")
         shape = getattr(self.modules[owner], leaf).shape
         role = role_of(name, rule) or "query"
@@ -125,6 +127,8 @@ class Attention:
                 f"{name!r} has {shape[rule.dim]} entries along dimension {rule.dim}, which do not follow the {heads} "
                 f"heads of {self.block!r}; correct its rule."
             )
+        if rule.style == p.WIDE_NORM:
+            require_wide_norm(name, self.modules[name])
         layout, outputs = self._cut(role, shape, rule.dim, shape[rule.dim] // heads)
         if rule.style == p.PER_HEAD and outputs is not None:
             raise TensorParallelError(
@@ -132,6 +136,16 @@ class Attention:
                 f"tensor_parallel.autotp_size from {self._plain_degrees()}."
             )
         return Placement(owner, rule.style, rule.source, {leaf: layout}, outputs)
+
+    def _each_head(self, name: str, rule: Rule) -> Placement:
+        role = role_of(name, rule) or "query"
+        heads, found = len(PACKINGS[role].order(self.queries, self.kvs)), len(getattr(self.modules[name], "norms", ()))
+        if found != heads:
+            raise TensorParallelError(
+                f"{name!r} has {found} modules in 'norms' for the {heads} heads of {self.block!r}; correct its rule."
+            )
+        seen = [local_heads(self.dealt, rank, PACKINGS[role]) for rank in range(len(self.dealt.queries))]
+        return Placement(name, rule.style, rule.source, outputs=tuple(tuple(h for _, h in own) for own in seen))
 
     def _plain_degrees(self) -> list[int]:
         return [n for n in range(1, self.kvs + 1) if self.kvs % n == 0 and self.queries % n == 0]

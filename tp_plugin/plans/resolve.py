@@ -22,6 +22,9 @@ from tp_plugin.plans.match import Modules, by_region, match, vocabulary
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import rules_for
 
+FOLLOWERS = (p.WIDE_NORM, p.EACH_HEAD, p.PER_HEAD)
+"""Styles of what follows the heads of an attention."""
+
 
 def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None = None) -> Plan:
     """The validated plan of ``model`` over ``tp_size`` ranks.
@@ -67,7 +70,7 @@ def _place_region(
     placed: dict[str, Placement] = {}
     columns = {name: rule for name, rule in members.items() if rule.style == p.COLUMN}
     rows = {name: rule for name, rule in members.items() if rule.style == p.ROW}
-    followers = {name: rule for name, rule in members.items() if rule.style in (p.WIDE_NORM, p.PER_HEAD)}
+    followers = {name: rule for name, rule in members.items() if rule.style in FOLLOWERS}
     for name, rule in members.items():
         if rule.style in (p.PARTIAL, p.ENTER, p.FIRST):
             placed[name] = Placement(name, rule.style, rule.source)

@@ -10,6 +10,7 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layers import (
     ColumnParallel,
     ColumnParallelLinear,
+    EachHead,
     ParallelExperts,
     Region,
     RowParallel,
@@ -45,6 +46,7 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
     p.WIDE_NORM: WideRMSNorm,
+    p.EACH_HEAD: EachHead,
 }
 """Styles without a class leave the module's own: its parameters or their gradients are what changes."""
 _MADE: dict[tuple[type, type], type] = {}
@@ -179,8 +181,11 @@ def _set_up(
         once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
         module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
         return
-    layout = placement.layouts["weight"]
     outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
+    if isinstance(module, EachHead):
+        module.tp_setup(outputs or ())
+        return
+    layout = placement.layouts["weight"]
     if isinstance(module, ColumnParallel):
         module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
     elif isinstance(module, RowParallel):
@@ -203,7 +208,7 @@ def _class_for(module: nn.Module, placement: Placement) -> type:
         from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 
         return ColumnParallelConv1D if issubclass(sharded, ColumnParallel) else RowParallelConv1D
-    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded is WideRMSNorm:
+    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded in (WideRMSNorm, EachHead):
         return sharded
     key = original, sharded
     if key not in _MADE:

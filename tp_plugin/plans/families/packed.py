@@ -83,9 +83,7 @@ def falcon(model: Any) -> tuple[Rule, ...]:
 @register_family("mpt")
 def mpt(_model: nn.Module) -> tuple[Rule, ...]:
     return (
-        Rule(
-            "**.attn.Wqkv", p.COLUMN, role="q|k|v", local=(("n_heads", p.QUERY_HEADS),), inputs=("position_bias",)
-        ),
+        Rule("**.attn.Wqkv", p.COLUMN, role="q|k|v", local=(("n_heads", p.QUERY_HEADS),), inputs=("position_bias",)),
         Rule("**.attn.out_proj", p.ROW),
         Rule("**.ffn.up_proj", p.COLUMN),
         Rule("**.ffn.down_proj", p.ROW),
