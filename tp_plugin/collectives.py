@@ -122,20 +122,23 @@ def all_gather(
     return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
 
 
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:
-    """Begin to gather tensors of one shape. The function returned waits and gives them stacked, ``[ranks, ...]``."""
+    """Begin to gather tensors of one shape, at least 1-dim. The function returned waits; it gives ``[ranks, ...]``."""
     if group is None:
         return lambda: tensor.unsqueeze(0)
     tensor = tensor.contiguous()
     _note("all_gather", purpose, tensor)
-    out = tensor.new_empty((size_of(group), *tensor.shape))
-    work = dist.all_gather_into_tensor(out, tensor, group=group, async_op=True)
+    out = tensor.new_empty((size_of(group) * tensor.shape[0], *tensor.shape[1:]))
+    work = _all_gather_single(out, tensor, group=group, async_op=True)
 
     def wait() -> torch.Tensor:
         work.wait()
-        return out
+        return out.view(size_of(group), *tensor.shape)
 
     return wait
 

@@ -22,7 +22,7 @@ from tp_plugin.loss.parts import HeadGrads, Options, Wanted, wide_of
 from tp_plugin.loss.shard_nodes import top_candidates
 from tp_plugin.loss.vocab import VocabShard
 
-PURPOSE = "logits"  # under which the collectives are counted
+PURPOSE = "values"  # under which the collectives are counted
 NOWHERE = -100  # a label that counts nowhere
 
 
@@ -63,13 +63,15 @@ def top_ids(logits: VocabParallelLogits, k: int) -> torch.Tensor:
 
 
 def own_logits(recipe: Recipe, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's columns [c, v] of the logits of ``hidden`` [c, H], rounded as plain ones would be."""
+    """This rank's columns [..., v] of the logits of ``hidden`` [..., H], rounded as plain ones would be; no view."""
     with torch.autocast(hidden.device.type, enabled=False):
-        own = hidden.new_empty((hidden.shape[0], recipe.vocab.rows))
+        own = hidden.new_empty((*hidden.shape[:-1], recipe.vocab.rows))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = own.view(flat.shape[0], recipe.vocab.rows)
         if recipe.bias is None:
-            torch.mm(hidden, recipe.weight.t(), out=own)
+            torch.mm(flat, recipe.weight.t(), out=rows)
         else:
-            torch.addmm(recipe.bias, hidden, recipe.weight.t(), out=own)
+            torch.addmm(recipe.bias, flat, recipe.weight.t(), out=rows)
         if not recipe.transform.identity:
             own = recipe.transform.apply_(own.to(wide_of(own.dtype)))
         return own.to(dtype)

@@ -191,6 +191,7 @@ class _Fused(torch.autograd.Function):
         if all(x is None for x in (loss, logprobs, entropy, log_z)):
             return (None,) * 7
         grads = restore(ctx, Upstream(loss, logprobs, log_z, entropy))
+        grads = dataclasses.replace(grads, fresh=not ctx.direct)
         parts = ("hidden", "weight", "bias")
         return (*(unpack([grads], part, dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), *(None,) * 4)
 
