@@ -122,9 +122,6 @@ def all_gather(
     return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
 
 
-_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
-
-
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:
@@ -134,7 +131,8 @@ def start_all_gather(
     tensor = tensor.contiguous()
     _note("all_gather", purpose, tensor)
     out = tensor.new_empty((size_of(group) * tensor.shape[0], *tensor.shape[1:]))
-    work = _all_gather_single(out, tensor, group=group, async_op=True)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name, till torch 2.12
+    work = gather(out, tensor, group=group, async_op=True)
 
     def wait() -> torch.Tensor:
         work.wait()

@@ -47,7 +47,7 @@ def lazy_logits(
         weight: [v, H], this rank's rows, may be a Parameter; in the dtype of ``hidden`` unless under autocast.
         bias: [v] or None.
         vocab: which rows of the vocabulary this rank holds.
-        workspace_bytes: working memory of the loss; None is the configuration's default.
+        workspace_bytes: working memory of the loss; None is the default of ``linear_cross_entropy``.
 
     Returns:
         Lazy logits [..., V], in the dtype ``F.linear`` would return (the autocast dtype under autocast).

@@ -17,7 +17,7 @@ from tp_plugin.lazy.grad import FactoredGrad
 from tp_plugin.lazy.logits import Recipe, VocabParallelLogits
 from tp_plugin.loss.functional import refuse_double_backward, restore, run
 from tp_plugin.loss.implementations import block_for
-from tp_plugin.loss.job import DEFAULT_WORKSPACE, Job, Upstream
+from tp_plugin.loss.job import Job, Upstream, workspace_or_default
 from tp_plugin.loss.parts import HeadGrads, Options, Wanted, wide_of
 from tp_plugin.loss.shard_nodes import top_candidates
 from tp_plugin.loss.vocab import VocabShard
@@ -79,7 +79,7 @@ def own_logits(recipe: Recipe, hidden: torch.Tensor, dtype: torch.dtype) -> torc
 
 def rows_within(recipe: Recipe, columns: int) -> int:
     """How many rows of ``columns`` numbers, three copies of 8 bytes each, the working memory has room for."""
-    budget = DEFAULT_WORKSPACE if recipe.workspace_bytes is None else recipe.workspace_bytes
+    budget = workspace_or_default(recipe.workspace_bytes, recipe.hidden.device)
     return max(1, budget // max(1, 24 * columns))
 
 

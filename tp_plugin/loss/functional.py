@@ -68,7 +68,7 @@ def linear_cross_entropy(
         softcap: cap of the logits, or None.
         token_weights: [...] floating, like the labels. They do not change the divisor of the mean.
         num_items: divides the sum instead of the number of rows that count (``"mean"`` and ``"sum"`` are then one).
-        workspace_bytes: working memory; None is the configuration's default.
+        workspace_bytes: working memory; None is 512 MiB, on a CPU 64 MiB.
         impl: ``"chunked"`` (PyTorch); ``"triton"`` (the same with the rows' arithmetic in kernels); ``"reference"``
             (full logits, plain autograd, for tests and double backward); ``"auto"`` picks the fastest there is.
         return_stats: return :class:`Stats` too. Gradients through them, as through ``"none"``, compute the logits anew.
