@@ -125,17 +125,18 @@ def all_gather(
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:
-    """Begin to gather tensors of one shape. The function returned waits and gives them stacked, ``[ranks, ...]``."""
+    """Begin to gather tensors of one shape, at least 1-dim. The function returned waits; it gives ``[ranks, ...]``."""
     if group is None:
         return lambda: tensor.unsqueeze(0)
     tensor = tensor.contiguous()
     _note("all_gather", purpose, tensor)
-    out = tensor.new_empty((size_of(group), *tensor.shape))
-    work = dist.all_gather_into_tensor(out, tensor, group=group, async_op=True)
+    out = tensor.new_empty((size_of(group) * tensor.shape[0], *tensor.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name, till torch 2.12
+    work = gather(out, tensor, group=group, async_op=True)
 
     def wait() -> torch.Tensor:
         work.wait()
-        return out
+        return out.view(size_of(group), *tensor.shape)
 
     return wait
 

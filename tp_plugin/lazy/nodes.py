@@ -17,13 +17,14 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.lazy import stamp
 from tp_plugin.lazy.grad import FactoredGrad, expect_factored
 from tp_plugin.lazy.logits import Family, Recipe, VocabParallelLogits, version_of
-from tp_plugin.lazy.values import PURPOSE, job_of, own_logits
+from tp_plugin.lazy.values import job_of, own_logits
 from tp_plugin.loss.checks import check_labels
 from tp_plugin.loss.functional import compute_dtype, refuse_double_backward, restore, run
 from tp_plugin.loss.job import Upstream
 from tp_plugin.loss.parts import HeadGrads, Options, Transform, Wanted, unpack, wide_of
 from tp_plugin.loss.vocab import VocabShard
 
+PURPOSE = "logits"  # under which the collectives of computing all logits are counted
 Pull = Callable[[torch.Tensor], torch.Tensor]  # from a hidden gradient to that of the tensor it was taken from
 
 
@@ -46,7 +47,7 @@ def lazy_logits(
         weight: [v, H], this rank's rows, may be a Parameter; in the dtype of ``hidden`` unless under autocast.
         bias: [v] or None.
         vocab: which rows of the vocabulary this rank holds.
-        workspace_bytes: working memory of the loss; None is the configuration's default.
+        workspace_bytes: working memory of the loss; None is the default of ``linear_cross_entropy``.
 
     Returns:
         Lazy logits [..., V], in the dtype ``F.linear`` would return (the autocast dtype under autocast).
@@ -219,8 +220,7 @@ class _Materialise(torch.autograd.Function):
         ctx.recipe = logits._recipe
         recipe = logits._recipe
         ctx.save_for_backward(recipe.hidden, recipe.weight, recipe.bias)
-        flat = recipe.hidden.reshape(-1, recipe.hidden.shape[-1])
-        own = own_logits(recipe, flat, logits.dtype).reshape(*logits.shape[:-1], recipe.vocab.rows)
+        own = own_logits(recipe, recipe.hidden, logits.dtype)  # no view: it may be changed in place
         last = own.dim() - 1
         parts = all_gather(own, recipe.vocab.group, purpose=PURPOSE, sizes=recipe.vocab.sizes, dim=last)
         return parts[0] if len(parts) == 1 else torch.cat(parts, last)

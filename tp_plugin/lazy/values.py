@@ -17,12 +17,12 @@ from tp_plugin.lazy.grad import FactoredGrad
 from tp_plugin.lazy.logits import Recipe, VocabParallelLogits
 from tp_plugin.loss.functional import refuse_double_backward, restore, run
 from tp_plugin.loss.implementations import block_for
-from tp_plugin.loss.job import DEFAULT_WORKSPACE, Job, Upstream
+from tp_plugin.loss.job import Job, Upstream, workspace_or_default
 from tp_plugin.loss.parts import HeadGrads, Options, Wanted, wide_of
 from tp_plugin.loss.shard_nodes import top_candidates
 from tp_plugin.loss.vocab import VocabShard
 
-PURPOSE = "logits"  # under which the collectives are counted
+PURPOSE = "values"  # under which the collectives are counted
 NOWHERE = -100  # a label that counts nowhere
 
 
@@ -63,13 +63,15 @@ def top_ids(logits: VocabParallelLogits, k: int) -> torch.Tensor:
 
 
 def own_logits(recipe: Recipe, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's columns [c, v] of the logits of ``hidden`` [c, H], rounded as plain ones would be."""
+    """This rank's columns [..., v] of the logits of ``hidden`` [..., H], rounded as plain ones would be; no view."""
     with torch.autocast(hidden.device.type, enabled=False):
-        own = hidden.new_empty((hidden.shape[0], recipe.vocab.rows))
+        own = hidden.new_empty((*hidden.shape[:-1], recipe.vocab.rows))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = own.view(flat.shape[0], recipe.vocab.rows)
         if recipe.bias is None:
-            torch.mm(hidden, recipe.weight.t(), out=own)
+            torch.mm(flat, recipe.weight.t(), out=rows)
         else:
-            torch.addmm(recipe.bias, hidden, recipe.weight.t(), out=own)
+            torch.addmm(recipe.bias, flat, recipe.weight.t(), out=rows)
         if not recipe.transform.identity:
             own = recipe.transform.apply_(own.to(wide_of(own.dtype)))
         return own.to(dtype)
@@ -77,7 +79,7 @@ def own_logits(recipe: Recipe, hidden: torch.Tensor, dtype: torch.dtype) -> torc
 
 def rows_within(recipe: Recipe, columns: int) -> int:
     """How many rows of ``columns`` numbers, three copies of 8 bytes each, the working memory has room for."""
-    budget = DEFAULT_WORKSPACE if recipe.workspace_bytes is None else recipe.workspace_bytes
+    budget = workspace_or_default(recipe.workspace_bytes, recipe.hidden.device)
     return max(1, budget // max(1, 24 * columns))
 
 

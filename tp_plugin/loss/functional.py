@@ -68,7 +68,7 @@ def linear_cross_entropy(
         softcap: cap of the logits, or None.
         token_weights: [...] floating, like the labels. They do not change the divisor of the mean.
         num_items: divides the sum instead of the number of rows that count (``"mean"`` and ``"sum"`` are then one).
-        workspace_bytes: working memory; None is the configuration's default.
+        workspace_bytes: working memory; None is 512 MiB, on a CPU 64 MiB.
         impl: ``"chunked"`` (PyTorch); ``"triton"`` (the same with the rows' arithmetic in kernels); ``"reference"``
             (full logits, plain autograd, for tests and double backward); ``"auto"`` picks the fastest there is.
         return_stats: return :class:`Stats` too. Gradients through them, as through ``"none"``, compute the logits anew.
@@ -191,6 +191,7 @@ class _Fused(torch.autograd.Function):
         if all(x is None for x in (loss, logprobs, entropy, log_z)):
             return (None,) * 7
         grads = restore(ctx, Upstream(loss, logprobs, log_z, entropy))
+        grads = dataclasses.replace(grads, fresh=not ctx.direct)
         parts = ("hidden", "weight", "bias")
         return (*(unpack([grads], part, dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), *(None,) * 4)
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-from tp_plugin.config import TensorParallelConfig
 from tp_plugin.loss.block import Coefficients, RowStats, TorchBlock
 from tp_plugin.loss.parts import Head, Options
 
-DEFAULT_WORKSPACE = TensorParallelConfig.loss_workspace_mib << 20  # bytes
+
+def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> int:
+    """Bytes of working memory: what was asked for, else 512 MiB, on a CPU 64 MiB (larger chunks gain nothing there)."""
+    if workspace_bytes is not None:
+        return workspace_bytes
+    return (64 if device.type == "cpu" else 512) << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Job:
         labels: [N] int64, checked by ``check_labels``.
         options: what is computed of them.
         token_weights: [N] in ``head.wide``, multiply the losses; None is 1.
-        workspace_bytes: budget of the working memory; None is the default of the configuration.
+        workspace_bytes: budget of the working memory; None is the default.
         block: the implementation of the rows' arithmetic.
     """
 
@@ -49,7 +53,7 @@ class Job:
     @property
     def budget(self) -> int:
         """Bytes."""
-        return DEFAULT_WORKSPACE if self.workspace_bytes is None else self.workspace_bytes
+        return workspace_or_default(self.workspace_bytes, self.head.hidden.device)
 
     @property
     def spare(self) -> int:

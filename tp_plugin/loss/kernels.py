@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from tp_plugin.loss.block import Asked, Coefficients
+from tp_plugin.loss.block import NOTHING, Asked, Coefficients
 from tp_plugin.loss.parts import Head, Transform
 
 INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, for tests
@@ -58,7 +58,7 @@ def statistics_kernel(
             logs = tl.where(e > 0.0, x - shift, 0.0)
             spread = fade * (spread + apart * total) + tl.sum(e * logs, 0)
         total = total * fade + tl.sum(e, 0)
-        hit += tl.sum(tl.where(columns == local, x, 0.0), 0)
+        hit += tl.sum(tl.where(mask & (columns == local), x, 0.0), 0)
         if LOGIT_SUM:
             plain += tl.sum(tl.where(mask, x, 0.0), 0)
         top = highest
@@ -139,7 +139,9 @@ class TritonBlock:
         rows, width = self.products.shape
         out = torch.empty(self.asked.width, rows, dtype=torch.float32, device=self.products.device)
         labels = torch.where(self.valid, self.labels, -1)  # below every shard's words
-        if rows:
+        if not width:
+            out.zero_()[0] = NOTHING
+        elif rows:
             statistics_kernel[(rows,)](
                 self.products, _or(self.bias, out), labels, self.transform, out, self.products.stride(0), rows, width,
                 self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, LOGIT_SUM=self.asked.logit_sum,

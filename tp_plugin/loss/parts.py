@@ -141,12 +141,14 @@ class HeadGrads:
         weight: [v, H], this rank's rows; in float32 when it was accumulated over chunks.
         bias: [v].
         scale: 0-dim, float32 or float64.
+        fresh: made for one backward and unpacked once, so that the tensors may be scaled where they are.
     """
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     scale: torch.Tensor
+    fresh: bool = False
 
     def scaled(self, factor: Scalar) -> HeadGrads:
         """The same gradients times ``factor``."""
@@ -167,6 +169,8 @@ def unpack(grads: Sequence[HeadGrads], part: str, dtype: torch.dtype) -> torch.T
     if not found:
         return None
     tensor, scale = found[0]  # a 1-dim scale takes part in type promotion, so half-precision gradients are widened
+    if len(found) == 1 and grads[0].fresh and tensor.dtype == dtype:
+        return tensor.mul_(scale)
     if len(found) == 1:
         return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
     total = tensor * scale

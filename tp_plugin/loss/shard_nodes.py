@@ -23,7 +23,7 @@ class Rows(torch.autograd.Function):
     def forward(ctx, logits, labels, valid, vocab, with_mean):
         ctx.set_materialize_grads(False)
         ctx.vocab, ctx.asked = vocab, Asked(logit_sum=with_mean, entropy=True)
-        flat, y, counted = logits.detach().reshape(-1, logits.shape[-1]), labels.reshape(-1), valid.reshape(-1)
+        flat, y, counted = as_rows(logits.detach()), labels.reshape(-1), valid.reshape(-1)
         own = torch.empty(ctx.asked.width, flat.shape[0], dtype=wide_of(logits.dtype), device=logits.device)
         for rows in _slices(flat):
             own[:, rows] = _block(flat[rows], y[rows], counted[rows], vocab, ctx.asked).statistics()
@@ -57,7 +57,7 @@ class Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, vocab, logarithm):
         ctx.vocab, ctx.logarithm = vocab, logarithm
-        flat = logits.detach().reshape(-1, logits.shape[-1])
+        flat = as_rows(logits.detach())
         nobody, asked = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device), Asked()
         own = torch.empty(asked.width, flat.shape[0], dtype=wide_of(flat.dtype), device=flat.device)
         for rows in _slices(flat):
@@ -93,7 +93,7 @@ class Softmax(torch.autograd.Function):
 class TopKOfShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, k, vocab):
-        values, ids = top_candidates(logits.detach().reshape(-1, logits.shape[-1]), k, vocab)
+        values, ids = top_candidates(as_rows(logits.detach()), k, vocab)
         ctx.vocab, ctx.shape = vocab, logits.shape
         ctx.save_for_backward(ids)
         values, ids = (x.reshape(*logits.shape[:-1], k) for x in (values, ids))
@@ -110,6 +110,11 @@ class TopKOfShards(torch.autograd.Function):
         if rows:
             back.scatter_add_(1, local.clamp(0, rows - 1), torch.where(mine, grad.reshape(ids.shape), 0.0))
         return back.reshape(ctx.shape), None, None
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., v] as a matrix; v may be 0, of which ``reshape(-1, v)`` makes nothing."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _block(

@@ -83,7 +83,7 @@ class TileSums:
                 assert self.column is not None
                 add_product_(self.column, d, head.hidden[rows], self.spare_bytes)
                 if rows.stop == head.hidden.shape[0]:
-                    self.weight[columns] = self.column
+                    self.weight[columns], self.column = self.column, None
         if self.bias is not None:
             self.bias[columns] += d.sum(0, dtype=self.bias.dtype)
 

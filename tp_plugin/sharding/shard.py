@@ -191,7 +191,7 @@ def _set_up(
     elif isinstance(module, RowParallel):
         module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
-        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
+        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20 or None)
     elif isinstance(module, VocabParallelEmbedding):
         module.tp_setup(mesh, layout)
     elif isinstance(module, WideRMSNorm):
