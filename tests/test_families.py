@@ -25,12 +25,21 @@ PECULIAR = [
     {"family": "olmo2", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
     {"family": "olmo2", "stage": 3, "num_key_value_heads": 1},
     {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
+    {"family": "stablelm", "stage": 3, "qk_layernorm": True},
+    {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3, "qk_layernorm": True},
+    {"family": "falcon rw", "stage": 1, "attn_implementation": "eager"},
+    {"family": "falcon new", "stage": 1, "attn_implementation": "eager"},
+    {"family": "falcon new", "stage": 1, "alibi": True},
+    {"family": "t5", "stage": 1, "attn_implementation": "eager"},
+    {"family": "gpt2", "stage": 1, "attn_implementation": "eager", "reorder_and_upcast_attn": True},
+    *({"family": name, "stage": 1, "checkpointing": mode}
+      for name in ("gpt2", "t5", "bart", "bert") for mode in (True, False)),
     {"family": "gpt2", "stage": 1, "tie_word_embeddings": False},
     {"family": "gpt_neox", "stage": 1, "use_parallel_residual": False},
     {"family": "opt", "stage": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
     {"family": "modernbert", "stage": 1, "attention_bias": True, "mlp_bias": True, "norm_bias": True},
     {"family": "modernbert", "stage": 1, "sparse_prediction": True},
-]
+]  # fmt: skip
 FAST: dict[tuple[int, int], list[dict]] = {
     (2, 2): [{"family": name, "stage": 1} for name in ZOO] + PECULIAR + [{"family": name, "stage": 3} for name in TEN],
     (4, 2): [{"family": name, "stage": 2} for name in TEN],

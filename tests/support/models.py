@@ -32,11 +32,11 @@ def make(family: str, *, heads: tuple[int, int] = (4, 2), tied: bool | None = No
         sizes |= {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}
     if family in ("Gemma2", "Gemma3"):
         sizes |= {"sliding_window": 8, "query_pre_attn_scalar": 8}
-    if family in moe.SIZES:
+    if family in moe.SIZES | moe.MORE:
         sizes = moe.config_of(family, sizes)
     if tied is not None:
         sizes["tie_word_embeddings"] = tied
-    config_class = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(transformers, moe.CONFIGS.get(family, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"))
     torch.manual_seed(seed)
     implementation = options.pop("experts", None)
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**sizes | options))

@@ -119,6 +119,7 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART, SEQ2SEQ),
     "bart classes": ("BartForSequenceClassification", "BartConfig", BART | {"eos_token_id": 2}, CLASSES),
+    "bert to gpt2": ("EncoderDecoderModel", "EncoderDecoderConfig", {}, SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, SPEECH),
 }  # fmt: skip
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": V}
@@ -129,7 +130,13 @@ def build(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     model_class, config_class, sizes, kind = ZOO[name]
     labels = {"num_labels": 3} if kind == CLASSES else {}
     torch.manual_seed(seed)
-    model = getattr(hf, model_class)(getattr(hf, config_class)(**SPECIAL | sizes | labels | options))
+    if config_class == "EncoderDecoderConfig":
+        parts = hf.BertConfig(**SPECIAL | BERT), hf.GPT2Config(**SPECIAL | GPT2 | GPT2_QUIET, add_cross_attention=True)
+        config = hf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    else:
+        config = getattr(hf, config_class)(**SPECIAL | sizes | labels | options)
+    model = getattr(hf, model_class)(config)
     return perturb(model, seed)
 
 
@@ -138,19 +145,27 @@ def data_for(name: str) -> Callable[[int, int], dict[str, torch.Tensor]]:
     kind = ZOO[name][3]
 
     def make_batch(step: int, rows: int) -> dict[str, torch.Tensor]:
-        data = batch(step, rows)
+        data = padded(batch(step, rows)) if step % 2 and kind != SPEECH else batch(step, rows)
         random = torch.Generator().manual_seed(500 + step)
         if kind == CLASSES:
             ids = data["input_ids"].clamp_min(3)
             ids[:, -1] = 2  # BART reads the state of the last end token
             return {"input_ids": ids, "labels": torch.randint(0, 3, (rows,), generator=random)}
         if kind == SEQ2SEQ:
-            return data | {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            data |= {"input_ids": torch.randint(1, V, (rows, 9), generator=random)}
+            return data | ({"attention_mask": data["attention_mask"][:, -9:]} if "attention_mask" in data else {})
         if kind == SPEECH:
             return {"labels": data["labels"], "input_features": torch.randn(rows, 4, 16, generator=random)}
         return data
 
     return make_batch
+
+
+def padded(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with two tokens of padding in every other row, and a mask."""
+    mask = torch.ones_like(data["input_ids"])
+    mask[::2, -2:] = 0
+    return data | {"labels": data["labels"].masked_fill(mask == 0, -100), "attention_mask": mask}
 
 
 def counts_items(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
+from tp_plugin.layers.each_head import EachHead
 from tp_plugin.layers.embedding import VocabParallelEmbedding
-from tp_plugin.layers.enter import enter_after
+from tp_plugin.layers.enter import count_once, enter_after
 from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
 from tp_plugin.layers.head import VocabParallelHead
 from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
@@ -13,6 +14,7 @@ from tp_plugin.layers.region import Region
 __all__ = [
     "ColumnParallel",
     "ColumnParallelLinear",
+    "EachHead",
     "ParallelExperts",
     "Region",
     "RowParallel",
@@ -20,6 +22,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "WideRMSNorm",
+    "count_once",
     "enter_after",
     "set_local",
     "slice_heads",

@@ -1,4 +1,4 @@
-"""Replicated modules whose output goes into a sharded region by itself, without passing a column."""
+"""Replicated modules whose output is met inside a sharded region, without passing a column."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def enter_after(module: nn.Module, mesh: ParallelMesh, tail: int | None = None) 
         return torch.cat([rest, copy_to_region(entering, mesh.tp_group)], -1)
 
     module.register_forward_hook(enter)
+
+
+def count_once(module: nn.Module, mesh: ParallelMesh) -> None:
+    """Let the group's first rank alone count the output of ``module``, which is part of a partial result.
+
+    On the others it is zeros, with a gradient of zeros: what it is made of comes through a door that sums over the
+    ranks. (Without any gradient, ZeRO-3 would see other modules in the backward of those ranks.)
+    """
+
+    @torch.compiler.disable
+    def count(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output if mesh.tp_rank == 0 else output * 0
+
+    module.register_forward_hook(count)

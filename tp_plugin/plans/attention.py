@@ -8,10 +8,10 @@ from typing import Any
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
-from tp_plugin.plans.checks import in_features, out_dim, out_features
+from tp_plugin.plans.checks import in_features, out_dim, out_features, require_wide_norm
 from tp_plugin.plans.heads import HeadShards, deal_heads
 from tp_plugin.plans.match import Modules
-from tp_plugin.plans.packing import PACKINGS, cut
+from tp_plugin.plans.packing import PACKINGS, cut, local_heads
 from tp_plugin.plans.plan import HeadInput, Local, Placement, RegionPlan, Rule
 
 ROLES = {
@@ -57,9 +57,10 @@ class Attention:
         self.roles = {name: role_of(name, rule) for name, rule in columns.items()}
         self.head_dim = self._head_dim()
         width = in_features(modules[row])
-        self.queries = width // self.head_dim if self.head_dim else 0
+        self.value_dim = self._value_dim()
+        self.queries = width // self.value_dim if self.value_dim else 0
         counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kvs}
-        if not self.queries or self.queries * self.head_dim != width or len(counts) != 1 or counts & {None, 0}:
+        if not self.queries or self.queries * self.value_dim != width or len(counts) != 1 or counts & {None, 0}:
             raise TensorParallelError(self._puzzle())
         self.kvs: int = int(counts.pop() or 0)
         fits = [PACKINGS[role].fits for role in self.roles.values() if role]
@@ -73,8 +74,16 @@ class Attention:
         found = (getattr(parent, name, None) for parent in parents for name in HEAD_DIM)
         return given.pop() if given else next((size for size in found if isinstance(size, int) and size > 0), 0)
 
+    def _value_dim(self) -> int:
+        """Size of a head's values, where the attention says that it is not that of its keys."""
+        parents = {name.rpartition(".")[0] for name in self.columns}
+        separate = "value" in self.roles.values()
+        found = (getattr(self.modules[parent], "v_head_dim", None) for parent in parents if separate)
+        return next((size for size in found if isinstance(size, int) and size > 0), self.head_dim)
+
     def _kvs(self, name: str) -> int | None:
-        heads, rest = divmod(out_features(self.modules[name]), self.head_dim or 1)
+        size = self.value_dim if self.roles[name] == "value" else self.head_dim
+        heads, rest = divmod(out_features(self.modules[name]), size or 1)
         kvs = PACKINGS[self.roles[name]].kvs
         found = kvs(heads, self.queries) if kvs is not None and not rest else 0
         return int(found) if found == int(found) and found > 0 else None
@@ -102,11 +111,13 @@ class Attention:
     def placed_row(self, rule: Rule) -> Placement:
         """The row takes what the queries' heads give."""
         module = self.modules[self.row]
-        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.head_dim)
+        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.value_dim)
         return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
 
     def follower(self, name: str, rule: Rule) -> Placement:
-        """A wide norm, or a per-head parameter (``name`` is the parameter's)."""
+        """A wide norm, a list with a module a head, or a per-head parameter (``name`` is the parameter's)."""
+        if rule.style == p.EACH_HEAD:
+            return self._each_head(name, rule)
         owner, _, leaf = name.rpartition(".") if rule.style == p.PER_HEAD else (name, "", "weight")
         shape = getattr(self.modules[owner], leaf).shape
         role = role_of(name, rule) or "query"
@@ -116,6 +127,8 @@ class Attention:
                 f"{name!r} has {shape[rule.dim]} entries along dimension {rule.dim}, which do not follow the {heads} "
                 f"heads of {self.block!r}; correct its rule."
             )
+        if rule.style == p.WIDE_NORM:
+            require_wide_norm(name, self.modules[name])
         layout, outputs = self._cut(role, shape, rule.dim, shape[rule.dim] // heads)
         if rule.style == p.PER_HEAD and outputs is not None:
             raise TensorParallelError(
@@ -123,6 +136,16 @@ class Attention:
                 f"tensor_parallel.autotp_size from {self._plain_degrees()}."
             )
         return Placement(owner, rule.style, rule.source, {leaf: layout}, outputs)
+
+    def _each_head(self, name: str, rule: Rule) -> Placement:
+        role = role_of(name, rule) or "query"
+        heads, found = len(PACKINGS[role].order(self.queries, self.kvs)), len(getattr(self.modules[name], "norms", ()))
+        if found != heads:
+            raise TensorParallelError(
+                f"{name!r} has {found} modules in 'norms' for the {heads} heads of {self.block!r}; correct its rule."
+            )
+        seen = [local_heads(self.dealt, rank, PACKINGS[role]) for rank in range(len(self.dealt.queries))]
+        return Placement(name, rule.style, rule.source, outputs=tuple(tuple(h for _, h in own) for own in seen))
 
     def _plain_degrees(self) -> list[int]:
         return [n for n in range(1, self.kvs + 1) if self.kvs % n == 0 and self.queries % n == 0]

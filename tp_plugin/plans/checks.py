@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.errors import TensorParallelError
+from tp_plugin.layers.norm import EPSILON
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.match import Modules, parameters_of
@@ -51,6 +52,16 @@ def require_linear(name: str, module: nn.Module, rule: Rule) -> None:
         raise TensorParallelError(f"{name!r} is a {type(module).__name__}, style {rule.style} needs an nn.Linear.")
     if not rule.equivalent:
         require_super(name, module, nn.Linear)
+
+
+def require_wide_norm(name: str, module: nn.Module) -> None:
+    """An RMS norm with a weight and an epsilon, and nothing else."""
+    has = [leaf for leaf, _ in module.named_parameters()]
+    if has != ["weight"] or not any(epsilon in vars(module) for epsilon in EPSILON):
+        raise TensorParallelError(
+            f"{name!r} is a {type(module).__name__} with parameters {has}, style {p.WIDE_NORM} needs an RMS norm with "
+            f"a weight and one of the attributes {', '.join(EPSILON)}."
+        )
 
 
 def require_super(name: str, module: nn.Module, base: type[nn.Module]) -> None:

@@ -29,8 +29,13 @@ def check_implementation(model: nn.Module) -> str | None:
     """The experts implementation that a transformers model is set to; None for a model that has no such choice.
 
     Raises:
-        TensorParallelError: it is one that was not tried with shards.
+        TensorParallelError: it is one that was not tried with shards, or kernels of the hub replace whole blocks.
     """
+    if getattr(model, "use_kernels", False):
+        raise TensorParallelError(
+            "the model's experts run in kernels of the hub, which tensor parallelism does not support; build it with "
+            "use_kernels=False."
+        )
     ask = getattr(model, "get_experts_implementation", None)
     chosen = {name for name in ask().values() if name} if callable(ask) else set()
     for name in sorted(chosen):
@@ -66,10 +71,10 @@ def place_experts(name: str, module: Any, rule: Rule, tp: int, implementation: s
             f"{name!r} has {what}, which may act on partial results; leave it out of the plan with the style "
             "'replicated'."
         )
-    experts, *first = params[up].shape
+    first = list(params[up].shape[1:])
     second = list(params[DOWN].shape[1:])
     dim = next((i for i in (0, 1) if first[i] == UP[up] * second[1 - i] and first[1 - i] == second[i]), None)
-    if dim is None or params[DOWN].shape[0] != experts:
+    if dim is None:
         raise TensorParallelError(
             f"{name!r}: {up} of shape {tuple(params[up].shape)} and {DOWN} of shape {tuple(params[DOWN].shape)} do not "
             "belong together; its layout needs rules of its own."

@@ -28,7 +28,7 @@ STYLES = {
     "replicate": p.REPLICATED,
     "local_params": p.REPLICATED,  # of the owner of bare parameters, each of which has an entry of its own
     "moe_tp_experts": p.EXPERTS,
-    "moe_identity_expert": p.REPLICATED,
+    "moe_identity_expert": p.FIRST,
     "mla_kv_a_proj": p.LATENT,
     "all_reduce": p.REPLICATED,  # of a block whose parameters have entries of their own; the name of no layer of ours
 }

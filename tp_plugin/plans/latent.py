@@ -60,7 +60,8 @@ class LatentAttention:
         """Queries, the expansion to keys and values, or a gate on the heads' results."""
         module = self.modules[name]
         known = self.sizes.get(name.rpartition(".")[2])
-        if out_features(module) not in ({known * self.heads} if known else {self.heads, self.heads * self.value}):
+        sizes = {known * self.heads} if known else {self.heads, self.heads * self.value}
+        if out_features(module) not in sizes and (known or rule.role != "query"):
             raise TensorParallelError(self._puzzle(name))
         layout = self._by_head(name, module.weight.shape, 0)
         layouts = {"weight": layout}

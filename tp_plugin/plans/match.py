@@ -58,10 +58,12 @@ def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) 
             module = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             continue
+        if not isinstance(module, nn.Embedding if style == p.VOCAB_EMBEDDING else nn.Linear):
+            continue  # of an image or of sound, not of words
         for name, candidate in modules.items():
-            if candidate is module and module is not None and getattr(matched.get(name), "source", "") != "yours":
+            if candidate is module and getattr(matched.get(name), "source", "") != "yours":
                 found[name] = Rule(name, style, "vocabulary")
-                weights.add(id(getattr(module, "weight", module)))
+                weights.add(id(module.weight))
     for name, module in modules.items():
         tied = id(module._parameters.get("weight")) in weights and name not in found
         if tied and getattr(matched.get(name), "source", "") != "yours":

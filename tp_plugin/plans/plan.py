@@ -23,6 +23,8 @@ VOCAB_HEAD = "vocab_head"
 """A language-model head, its vocabulary sharded, its logits not computed until needed."""
 WIDE_NORM = "wide_norm"
 """An RMS norm over the whole sharded width of an attention's queries or keys: sharded, its statistic summed."""
+EACH_HEAD = "each_head"
+"""A module with a list ``norms`` of one module a head, of which a rank uses those of its own heads."""
 PER_HEAD = "per_head"
 """A parameter (the pattern names it, not its module) with an entry for each head, cut like the heads."""
 ALIAS = "alias"
@@ -35,6 +37,8 @@ ENTER = "enter"
 """Replicated; its output scales partial results, so the gradient of the output is summed over the TP group."""
 LATENT = "latent"
 """Replicated; the last ``qk_rope_head_dim`` of its outputs are a key that all heads share: as ``enter`` for those."""
+FIRST = "first"
+"""Without parameters, and its output is part of a partial result: the group's first rank counts it for all."""
 PARTIAL = "partial"
 """Replicated, but acting on sharded tensors: its gradient is summed over the TP group."""
 REPLICATED = "replicated"
@@ -45,7 +49,7 @@ INFERRED = "inferred"
 
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
-    *(WIDE_NORM, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, PARTIAL, REPLICATED),
+    *(WIDE_NORM, EACH_HEAD, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, FIRST, PARTIAL, REPLICATED),
 )
 
 QUERY_HEADS, KV_HEADS, GROUPS = "query heads", "kv heads", "query heads a kv head"
@@ -124,7 +128,8 @@ class Placement:
         source: where the rule came from.
         layouts: parameter name inside the module -> how it lies on the ranks.
         outputs: per rank, of which of the heads it holds the output of a column consists, by their place in the shard,
-            in order, some more than once; None where it is simply what the shard gives.
+            in order, some more than once; None where it is simply what the shard gives. For style ``each_head``, which
+            heads of the whole a rank sees.
         equivalent: the module's class may be replaced outright.
         tail: how many of the last outputs of a latent projection enter by themselves; None elsewhere.
     """

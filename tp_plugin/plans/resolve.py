@@ -23,6 +23,9 @@ from tp_plugin.plans.match import Modules, by_region, match, vocabulary
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import describes, rules_for
 
+FOLLOWERS = (p.WIDE_NORM, p.EACH_HEAD, p.PER_HEAD)
+"""Styles of what follows the heads of an attention."""
+
 
 def plan_for(
     model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None = None, *, inferring: bool = True
@@ -51,8 +54,8 @@ def plan_for(
         found, region = _place_region(block, members, modules, tp_size)
         placements |= found
         regions += [region] if region else []
-    implementation = check_implementation(model)
     experts = [name for name, rule in matched.items() if rule.style == p.EXPERTS]
+    implementation = check_implementation(model) if experts else None
     for name in experts:
         placements[name] = place_experts(name, modules[name], matched[name], tp_size, implementation)
     placements = {name: placements[name] for name in modules if name in placements}
@@ -74,9 +77,9 @@ def _place_region(
     placed: dict[str, Placement] = {}
     columns = {name: rule for name, rule in members.items() if rule.style == p.COLUMN}
     rows = {name: rule for name, rule in members.items() if rule.style == p.ROW}
-    followers = {name: rule for name, rule in members.items() if rule.style in (p.WIDE_NORM, p.PER_HEAD)}
+    followers = {name: rule for name, rule in members.items() if rule.style in FOLLOWERS}
     for name, rule in members.items():
-        if rule.style in (p.PARTIAL, p.ENTER):
+        if rule.style in (p.PARTIAL, p.ENTER, p.FIRST):
             placed[name] = Placement(name, rule.style, rule.source)
         elif rule.style == p.LATENT:
             placed[name] = Placement(name, rule.style, rule.source, tail=shared_key(name, modules))

@@ -10,6 +10,7 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layers import (
     ColumnParallel,
     ColumnParallelLinear,
+    EachHead,
     ParallelExperts,
     Region,
     RowParallel,
@@ -17,6 +18,7 @@ from tp_plugin.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
     WideRMSNorm,
+    count_once,
     enter_after,
     set_local,
     slice_heads,
@@ -30,6 +32,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
+from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
@@ -43,6 +46,7 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
     p.WIDE_NORM: WideRMSNorm,
+    p.EACH_HEAD: EachHead,
 }
 """Styles without a class leave the module's own: its parameters or their gradients are what changes."""
 _MADE: dict[tuple[type, type], type] = {}
@@ -82,6 +86,8 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     _swap(model, plan, mesh, config)
     _sum_partial(model, plan, mesh)
     _guard(model, mesh, config)
+    if plan.mixtures:
+        _guard_experts(model)
     sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
     record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
     setattr(model, ATTRIBUTE, record)
@@ -137,6 +143,8 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         module = model.get_submodule(name)
         if placement.style in (p.ENTER, p.LATENT):
             enter_after(module, mesh, placement.tail)
+        if placement.style == p.FIRST:
+            count_once(module, mesh)
         if placement.style not in _CLASS_OF_STYLE:
             continue
         module.__class__ = _class_for(module, placement)
@@ -174,14 +182,17 @@ def _set_up(
         once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
         module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
         return
-    layout = placement.layouts["weight"]
     outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
+    if isinstance(module, EachHead):
+        module.tp_setup(outputs or ())
+        return
+    layout = placement.layouts["weight"]
     if isinstance(module, ColumnParallel):
         module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
     elif isinstance(module, RowParallel):
         module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
-        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
+        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20 or None)
     elif isinstance(module, VocabParallelEmbedding):
         module.tp_setup(mesh, layout)
     elif isinstance(module, WideRMSNorm):
@@ -198,7 +209,7 @@ def _class_for(module: nn.Module, placement: Placement) -> type:
         from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 
         return ColumnParallelConv1D if issubclass(sharded, ColumnParallel) else RowParallelConv1D
-    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded is WideRMSNorm:
+    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded in (WideRMSNorm, EachHead):
         return sharded
     key = original, sharded
     if key not in _MADE:
@@ -249,3 +260,27 @@ def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -
 
     if hasattr(model, "resize_token_embeddings"):
         model.resize_token_embeddings = refuse  # type: ignore[assignment]
+
+
+def _guard_experts(model: nn.Module) -> None:
+    """No late change to a way of computing experts that does not know of shards."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise TensorParallelError(
+            "kernels of the hub replace whole mixtures of experts, and this model's are sharded; build it with "
+            "use_kernels=False."
+        )
+
+    def choose(implementation: object) -> None:
+        before = model.get_experts_implementation()  # type: ignore[operator]
+        type(model).set_experts_implementation(model, implementation)  # type: ignore[attr-defined]
+        try:
+            check_implementation(model)
+        except TensorParallelError:
+            type(model).set_experts_implementation(model, before)  # type: ignore[attr-defined]
+            raise
+
+    if hasattr(model, "set_use_kernels"):
+        model.set_use_kernels = refuse  # type: ignore[assignment]
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation = choose  # type: ignore[assignment]

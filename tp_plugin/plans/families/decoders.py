@@ -66,6 +66,14 @@ def stablelm(_model: nn.Module) -> tuple[Rule, ...]:
     return (
         Rule("**.self_attn.q_proj", p.COLUMN, local=local),
         *LLAMA_ATTENTION[1:],
+        *(
+            rule
+            for name, role in (("q_layernorm", "query"), ("k_layernorm", "key"))  # with qk_layernorm
+            for rule in (
+                Rule(f"**.self_attn.{name}", p.EACH_HEAD, role=role, optional=True),
+                Rule(f"**.self_attn.{name}.norms.*", p.PARTIAL, optional=True),
+            )
+        ),
         *LLAMA_MLP,
     )
 
