@@ -1,6 +1,6 @@
 """Time of a training step: tp_plugin against DeepSpeed's own AutoTP, interleaved in one run.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/step_time.py [--layers 4 --hidden 512 ...]
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m benchmarks.step_time [--layers 4 --hidden 512 ...]
 
 Both engines live in the same processes, on the same groups, with the same model, batch and optimizer; their steps
 alternate, so that a noisy machine disturbs both alike. Reported are the median of the step times, the median of the
@@ -11,15 +11,10 @@ GPUs (nccl). ``--out`` writes a dated JSON with machine and versions.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
@@ -29,8 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tp_plugin
-
-REDUCERS = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+from benchmarks.wire import circumstances, traffic
 
 
 def main() -> None:
@@ -103,43 +97,10 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def traffic(work: Callable[[], object]) -> dict[str, int]:
-    """Collectives issued in ``work`` and the bytes of this rank's tensors in them."""
-    found = {"collectives": 0, "bytes": 0}
-    with spying(found):
-        work()
-    return found
-
-
-@contextlib.contextmanager
-def spying(found: dict[str, int]) -> Iterator[None]:
-    """Count at torch.distributed, beneath both implementations."""
-    originals = {name: getattr(dist, name) for name in REDUCERS}
-
-    def spy(name: str) -> Callable[..., object]:
-        def counted(*args: object, **kwargs: object) -> object:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            found["collectives"] += 1
-            found["bytes"] += tensors[-1].numel() * tensors[-1].element_size() if tensors else 0
-            return originals[name](*args, **kwargs)
-
-        return counted
-
-    for name in REDUCERS:
-        setattr(dist, name, spy(name))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def report(args, device, losses, times, wire) -> None:  # type: ignore[no-untyped-def]
     ratios = sorted(ours / stock for ours, stock in zip(times["tp_plugin"], times["autotp"], strict=True))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {device.type}",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
+        **circumstances(device, "deepspeed", "transformers"),
         "setup": vars(args) | {"tp": dist.get_world_size(), "backend": dist.get_backend()},
         "first_loss": losses,
         "median_seconds": {name: round(statistics.median(values), 4) for name, values in times.items()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -120,6 +120,25 @@ def all_gather(
     padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     parts = all_gather(padded, group, purpose=purpose)
     return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
+
+
+def start_all_gather(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
+) -> Callable[[], torch.Tensor]:
+    """Begin to gather tensors of one shape, at least 1-dim. The function returned waits; it gives ``[ranks, ...]``."""
+    if group is None:
+        return lambda: tensor.unsqueeze(0)
+    tensor = tensor.contiguous()
+    _note("all_gather", purpose, tensor)
+    out = tensor.new_empty((size_of(group) * tensor.shape[0], *tensor.shape[1:]))
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name, till torch 2.12
+    work = gather(out, tensor, group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return out.view(size_of(group), *tensor.shape)
+
+    return wait
 
 
 def broadcast_(tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "") -> None:

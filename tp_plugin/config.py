@@ -30,7 +30,8 @@ class TensorParallelConfig:
             (one small all-gather). 0 never compares. The first forward is always compared unless 0.
         broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
             data collators that draw random numbers.
-        loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it.
+        loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it. 0 is
+            512 on an accelerator and 64 on a CPU.
         quiet: do not print the summary of what was sharded.
     """
 
@@ -38,7 +39,7 @@ class TensorParallelConfig:
     plan: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check_batch_every: int = 100
     broadcast_batch: bool = False
-    loss_workspace_mib: int = 512
+    loss_workspace_mib: int = 0
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -53,8 +54,8 @@ class TensorParallelConfig:
             raise TensorParallelError(f"tp_size must be at least 1, got {self.tp_size}; correct {_where('tp_size')}.")
         if self.check_batch_every < 0:
             raise TensorParallelError("tp_plugin option 'check_batch_every' must be 0 (never) or a number of steps.")
-        if self.loss_workspace_mib < 1:
-            raise TensorParallelError("tp_plugin option 'loss_workspace_mib' must be at least 1 (MiB).")
+        if self.loss_workspace_mib < 0:
+            raise TensorParallelError("tp_plugin option 'loss_workspace_mib' must be 0 (automatic) or a number of MiB.")
         for pattern, style in self.plan.items():
             if not isinstance(pattern, str) or not isinstance(style, str):
                 raise TensorParallelError(

@@ -21,6 +21,18 @@ def shifted(logits, labels):
     return ce(logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous())
 
 
+def few(y):
+    """Three words a token, one of them twice."""
+    y = y.clamp(min=0)
+    return torch.stack([y, (y + 5) % V, y], -1)
+
+
+def selective_log_softmax(x, y):
+    """As TRL writes it for float32: the label's logit less a normaliser made row by row."""
+    labels = torch.gather(x, dim=-1, index=y.unsqueeze(-1)).squeeze(-1)
+    return labels - torch.stack([torch.logsumexp(row, dim=-1) for row in x])
+
+
 # what stays lazy up to the loss
 FUSED = {
     "mean": ce,
@@ -53,16 +65,47 @@ FUSED = {
     "two losses on slices": lambda x, y: ce(x[:, :2], y[:, :2]) + 2 * ce(x[:, 1:], y[:, 1:], reduction="sum"),
     "loss scaled": lambda x, y: (ce(x, y) * 3 - 1) ** 2,
 }
+# what is answered from the shards
+ANSWERED = {
+    "normaliser": lambda x, y: ce(x, y) + x.logsumexp(-1).square().mean(),
+    "normaliser kept": lambda x, y: torch.logsumexp(x[:, 1:], dim=(-1,), keepdim=True).sum() * 2,
+    "normaliser of scaled": lambda x, y: (3.0 * torch.tanh(x / 3.0)).logsumexp(2).square().sum(),
+    "label logits": lambda x, y: x.gather(-1, y.clamp(min=0)[..., None]).square().sum(),
+    "a few logits": lambda x, y: torch.gather(3.0 * torch.tanh(x / 3.0), 2, few(y)).square().sum() + ce(x, y),
+    "log-probabilities": lambda x, y: F.log_softmax(x, -1).gather(-1, few(y)).square().sum(),
+    "log-probabilities of rows": lambda x, y: torch.log_softmax(x, dim=2)[:, 1:, :].gather(2, few(y)[:, 1:]).sum(),
+    "nll": lambda x, y: F.nll_loss(x.log_softmax(-1).view(-1, V), y.view(-1)),
+    "nll of rows": lambda x, y: torch.nn.NLLLoss(ignore_index=3, reduction="sum")(
+        torch.nn.LogSoftmax(-1)(x)[:, :-1].reshape(-1, V), y[:, 1:].clamp(min=3).reshape(-1)
+    ),
+    "cross entropy of log-probabilities": lambda x, y: ce(F.log_softmax(x, dim=-1), y, label_smoothing=0.1),
+    "selective log-softmax": lambda x, y: selective_log_softmax(x, y.clamp(min=0)).square().sum(),
+    "accuracy": lambda x, y: ce(x, y) * (x.argmax(-1) == y).sum() + x.argmax(dim=2, keepdim=True).sum(),
+    "maximum": lambda x, y: x.max(-1).values.square().sum() + x.max(dim=-1, keepdim=True)[1].sum(),
+    "top": lambda x, y: x.topk(3).values.square().sum() + torch.topk(x, 2, dim=-1).indices.sum(),
+    "backward of values": lambda x, y: (x.argmax(-1) * ce(x, y)).sum() + x.topk(2).values.sum(),
+    "rows of a loop": lambda x, y: sum(row.logsumexp(-1).sum() for row in x),
+    "pieces": lambda x, y: sum(ce(a, b) for a, b in zip(x.split(2, dim=1), y.split(2, dim=1), strict=True)),
+    "chunks": lambda x, y: sum(ce(a, b) for a, b in zip(torch.chunk(x, 2), y.chunk(2), strict=True)),
+    "unbound": lambda x, y: sum(ce(a, b) * i for i, (a, b) in enumerate(zip(x.unbind(1), y.unbind(1), strict=True))),
+    "narrowed": lambda x, y: ce(x.narrow(1, 1, 2), y[:, 1:3]) + ce(torch.select(x, 0, 1), y[1]),
+    "flat pieces": lambda x, y: sum(p.logsumexp(-1).sum() * i for i, p in enumerate(x.view(-1, V).split([3, 1, 6]))),
+}
 # what needs the values
 COMPUTED = {
     "loss and auxiliary": lambda x, y: ce(x, y) + x.logsumexp(-1).square().mean() + x[:, 1:].softmax(-1)[..., 0].sum(),
+    "probabilities of lazy ones": lambda x, y: F.log_softmax(x, -1).exp().square().sum() + ce(x, y),
+    "log-probabilities scaled": lambda x, y: (F.log_softmax(x, -1) * 2).tanh().sum(),
+    "normaliser of rows": lambda x, y: x.logsumexp(1).sum() + x.logsumexp((1, 2)).sum(),
+    "entropy": lambda x, y: -(x.softmax(-1) * x.log_softmax(-1)).sum(),
+    "many logits": lambda x, y: x.gather(-1, few(y).repeat(1, 1, 40)).sum(),
+    "largest of rows": lambda x, y: x.max(1).values.sum() + x.max() + x.amax(-1).sum() + x.argmax(),
     "materialize": lambda x, y: ce(x, y) + (x.materialize() if isinstance(x, VocabParallelLogits) else x).pow(2).sum(),
     "softcap values": lambda x, y: (3.0 * torch.tanh(x / 3.0)).square().sum() + ce(x, y),
     "N V d form": lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
     "class is dim 1": lambda x, y: F.cross_entropy(x, torch.randint(0, T, (B, V))),
     "class weights": lambda x, y: ce(x, y, weight=torch.arange(1.0, V + 1, dtype=torch.float64)),
     "probabilities": lambda x, y: F.cross_entropy(x.view(-1, V), torch.rand(B * T, V, dtype=torch.float64)),
-    "log_softmax": lambda x, y: F.log_softmax(x, -1).gather(-1, y.clamp(min=0)[..., None]).sum(),
     "one logit": lambda x, y: x[0, 1, 3] + x[..., 5].sum() + x[0][0].sum() + x[1, 2, :].prod(),
     "columns": lambda x, y: x[..., :7].square().sum() + x[:, None].sum() + x[..., None].sum(),
     "learned row": lambda x, y: ce(x + torch.ones(V, dtype=torch.float64, requires_grad=True), y),
@@ -71,8 +114,6 @@ COMPUTED = {
     "reversed division": lambda x, y: (1.0 / (x + 100)).sum(),
     "tanh twice": lambda x, y: ce(x.tanh().tanh(), y),
     "stacked": lambda x, y: torch.cat([x, 2 * x]).square().sum() + torch.stack((x, x)).sum(),
-    "rows of a loop": lambda x, y: sum(row.logsumexp(-1).sum() for row in x),
-    "backward of values": lambda x, y: (x.argmax(-1) * ce(x, y)).sum() + x.topk(2).values.sum(),
     "learned scale": lambda x, y: ce(x * torch.ones((), dtype=torch.float64, requires_grad=True), y),
     "dropout": lambda x, y: ce(F.dropout(x, 0.0), y),
     "detached": lambda x, y: ce(x, y) + x.detach().square().sum() + x.data.sum(),
@@ -82,7 +123,7 @@ COMPUTED = {
 def all_uses(sizes):
     worst = {}
     for budget in (None, 3 * 8 * max(sizes)):
-        for name, use in (FUSED | COMPUTED).items():
+        for name, use in (FUSED | ANSWERED | COMPUTED).items():
             with counted() as counter:
                 worst[name, budget] = Case(sizes, budget=budget).difference(use)
             if len(sizes) > 1:
@@ -174,3 +215,20 @@ def frozen_parts():
 def test_frozen_parts_cost_nothing():
     gather = ["all_gather"]
     assert on_ranks(2, frozen_parts) == [[["all_gather", "all_reduce"], gather, gather, gather]] * 2
+
+
+def test_log_probabilities_are_rounded_once():
+    """In half precision too: the difference of logit and normaliser is taken in float32, as torch does."""
+    case = Case(dtype=torch.bfloat16)
+    ids = few(case.labels)
+    ours, plain = (F.log_softmax(x, -1).gather(-1, ids) for x in (case.lazy, case.plain))
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    exact = F.log_softmax(case.plain.double(), -1).gather(-1, ids)
+    assert (ours - exact).abs().max() <= (plain - exact).abs().max() + 1e-3
+    assert F.log_softmax(case.lazy, -1, dtype=torch.float32).dtype == torch.float32
+
+
+def test_an_index_out_of_range_is_torchs_own_error():
+    x = Case().lazy
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        x.gather(-1, torch.full((B, T, 1), V))

@@ -79,9 +79,13 @@ def on_ranks(world: int, function: Callable, *args: Any, **kwargs: Any) -> list[
     failed = [(rank, o) for rank, o in enumerate(found) if not o["ok"]]
     if failed:
         # the rank that raised first is more telling than those that lost their peer or hung behind it
-        rank, worst = min(failed, key=lambda item: (item[1]["kind"] in ("Hang", "Crash", "DistBackendError"), item[0]))
+        rank, worst = min(failed, key=lambda item: (_is_echo(item[1]), item[0]))
         raise AssertionError(f"rank {rank} of {world}: {worst['kind']}: {worst['error']}\n{worst['log'][-6000:]}")
     return [o["value"] for o in found]
+
+
+def _is_echo(outcome: dict) -> bool:
+    return outcome["kind"] in ("Hang", "Crash", "DistBackendError") or "gloo/transport" in outcome["error"]
 
 
 def errors_on_ranks(world: int, function: Callable, *args: Any, **kwargs: Any) -> list[str]:

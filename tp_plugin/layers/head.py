@@ -22,10 +22,10 @@ class VocabParallelHead(nn.Linear):
     tp_mesh: ParallelMesh
     tp_layout: ShardLayout
     tp_vocab: VocabShard
-    tp_workspace_bytes: int
+    tp_workspace_bytes: int | None
     tp_inside_model: bool  # the model's forward is under way, and makes logits whole at its exit
 
-    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, workspace_bytes: int) -> None:
+    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, workspace_bytes: int | None) -> None:
         """Fields for a module whose class has just become this one and whose parameters are shards already."""
         self.tp_mesh, self.tp_layout, self.tp_workspace_bytes = mesh, layout, workspace_bytes
         self.tp_vocab = VocabShard.balanced(layout.shape[0], mesh.tp_group)

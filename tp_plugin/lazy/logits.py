@@ -24,6 +24,7 @@ class Recipe:
         bias: [v] or None.
         vocab: which rows.
         transform: scale and soft cap met so far.
+        normalised: these are log-probabilities, the log-softmax of the logits.
         wanted: which of the three want a gradient.
         workspace_bytes: working memory of the loss; None for the default.
         stamp: the step stamp of the forward pass.
@@ -37,6 +38,7 @@ class Recipe:
     wanted: Wanted
     workspace_bytes: int | None
     stamp: int
+    normalised: bool = False
 
     def head(self) -> Head:
         """The same as a matrix of rows."""

@@ -6,6 +6,7 @@ libraries put there (ZeRO-3 wraps every module's output) keep working and the lo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,12 +17,14 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.lazy import stamp
 from tp_plugin.lazy.grad import FactoredGrad, expect_factored
 from tp_plugin.lazy.logits import Family, Recipe, VocabParallelLogits, version_of
-from tp_plugin.loss import chunked
-from tp_plugin.loss.functional import compute_dtype, refuse_double_backward, restore
-from tp_plugin.loss.parts import HeadGrads, Options, Transform, Wanted, check_labels, unpack, wide_of
+from tp_plugin.lazy.values import job_of, own_logits
+from tp_plugin.loss.checks import check_labels
+from tp_plugin.loss.functional import compute_dtype, refuse_double_backward, restore, run
+from tp_plugin.loss.job import Upstream
+from tp_plugin.loss.parts import HeadGrads, Options, Transform, Wanted, unpack, wide_of
 from tp_plugin.loss.vocab import VocabShard
 
-PURPOSE = "logits"  # under which the collectives of materialising are counted
+PURPOSE = "logits"  # under which the collectives of computing all logits are counted
 Pull = Callable[[torch.Tensor], torch.Tensor]  # from a hidden gradient to that of the tensor it was taken from
 
 
@@ -44,7 +47,7 @@ def lazy_logits(
         weight: [v, H], this rank's rows, may be a Parameter; in the dtype of ``hidden`` unless under autocast.
         bias: [v] or None.
         vocab: which rows of the vocabulary this rank holds.
-        workspace_bytes: working memory of the loss; None is the configuration's default.
+        workspace_bytes: working memory of the loss; None is the default of ``linear_cross_entropy``.
 
     Returns:
         Lazy logits [..., V], in the dtype ``F.linear`` would return (the autocast dtype under autocast).
@@ -79,6 +82,12 @@ def step(
     return _Step.apply(logits, recipe, tuple(shape), dtype, family, pull)
 
 
+def unnormalised(logits: VocabParallelLogits) -> VocabParallelLogits:
+    """Lazy logits of which ``logits`` are the log-probabilities. A gradient by the one is a gradient by the other."""
+    recipe = dataclasses.replace(logits._recipe, normalised=False)
+    return step(logits, recipe, logits.shape, logits.dtype, Family())
+
+
 def cross_entropy(logits: VocabParallelLogits, labels: torch.Tensor, options: Options) -> torch.Tensor:
     """The fused loss of [N, V] lazy logits and [N] int64 labels. A collective call.
 
@@ -100,6 +109,8 @@ def dense(logits: VocabParallelLogits) -> torch.Tensor:
     logits.check_fresh()
     record = logits.requires_grad and not torch.is_inference_mode_enabled()
     with torch.set_grad_enabled(record):
+        if logits._full is None and logits._recipe.normalised:
+            return F.log_softmax(_Materialise.apply(unnormalised(logits)), -1)
         return _Materialise.apply(logits) if logits._full is None else _Unwrap.apply(logits)
 
 
@@ -186,29 +197,17 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, labels, options, dtype, recording):
         ctx.set_materialize_grads(False)
         recipe = logits._recipe
-        head = recipe.head()
         ctx.shape, ctx.dtype, ctx.device = logits.shape, logits.dtype, logits.device
-        ctx.wanted = recipe.wanted if recording else Wanted(False, False, False)
-        ctx.setup = head.vocab, head.transform, options, recipe.workspace_bytes
-        if options.reduction == "none":
-            losses, log_z = chunked.token_losses(head, labels, options, recipe.workspace_bytes)
-            ctx.save_for_backward(head.hidden, head.weight, head.bias, labels, log_z)
-            return losses.to(dtype)
-        loss, grads = chunked.scalar_loss(head, labels, options, ctx.wanted, recipe.workspace_bytes)
-        if grads is not None:
-            ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, grads.scale)
-        return loss.to(dtype)
+        wanted = recipe.wanted if recording else Wanted(False, False, False)
+        return run(ctx, job_of(recipe, labels, options), wanted)[0].to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
         refuse_double_backward()
-        return (
-            None if grad is None else FactoredGrad(ctx.shape, ctx.dtype, ctx.device, (restore(ctx, grad),)),
-            None,
-            None,
-            None,
-            None,
-        )
+        if grad is None:
+            return (None,) * 5
+        grads = restore(ctx, Upstream(losses=grad))
+        return FactoredGrad(ctx.shape, ctx.dtype, ctx.device, (grads,)), None, None, None, None
 
 
 class _Materialise(torch.autograd.Function):
@@ -221,17 +220,8 @@ class _Materialise(torch.autograd.Function):
         ctx.recipe = logits._recipe
         recipe = logits._recipe
         ctx.save_for_backward(recipe.hidden, recipe.weight, recipe.bias)
-        own = recipe.hidden.new_empty((*logits.shape[:-1], recipe.vocab.rows))  # no view: it may be changed in place
-        with torch.autocast(logits.device.type, enabled=False):
-            flat = recipe.hidden.reshape(-1, recipe.hidden.shape[-1])
-            rows = own.view(flat.shape[0], recipe.vocab.rows)
-            if recipe.bias is None:
-                torch.mm(flat, recipe.weight.t(), out=rows)
-            else:
-                torch.addmm(recipe.bias, flat, recipe.weight.t(), out=rows)
-            if not recipe.transform.identity:
-                own = recipe.transform.apply_(own.to(wide_of(own.dtype)))
-        own, last = own.to(logits.dtype), own.dim() - 1
+        own = own_logits(recipe, recipe.hidden, logits.dtype)  # no view: it may be changed in place
+        last = own.dim() - 1
         parts = all_gather(own, recipe.vocab.group, purpose=PURPOSE, sizes=recipe.vocab.sizes, dim=last)
         return parts[0] if len(parts) == 1 else torch.cat(parts, last)
 

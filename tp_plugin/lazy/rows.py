@@ -22,6 +22,27 @@ def reshaped(func: Any, shape: Sequence[int], args: tuple, kwargs: dict) -> tupl
     return made if len(made) > 1 and made[-1] == shape[-1] else None
 
 
+def key_of(whole: torch.Tensor, piece: torch.Tensor) -> tuple[int | slice, ...] | None:
+    """The index with which ``whole``, contiguous, gives its view ``piece``, cut or selected along one dimension.
+
+    None for an empty piece, which begins nowhere.
+    """
+    if not piece.numel():
+        return None
+    starts, offset = [], int(piece.storage_offset())
+    for stride in whole.stride():
+        start, offset = divmod(offset, stride)
+        starts.append(start)
+    if piece.dim() == whole.dim():
+        cuts = zip(starts, piece.shape, whole.shape, strict=True)
+        return tuple(slice(None) if size == full else slice(start, start + size) for start, size, full in cuts)
+    for dim, start in enumerate(starts):
+        kept = [place for place in range(whole.dim()) if place != dim]
+        if [(whole.shape[i], whole.stride(i)) for i in kept] == list(zip(piece.shape, piece.stride(), strict=True)):
+            return (*[slice(None)] * dim, start)
+    return None
+
+
 def taken(hidden: torch.Tensor, key: Any) -> Taken | None:
     """``hidden[key]`` for a ``key`` meant for logits of the same leading dimensions, if it takes whole rows.
 

@@ -1,24 +1,22 @@
 """The table of operations lazy logits answer without being computed, and what happens to all others.
 
-A row of the table is a function ``(func, logits, args, kwargs)`` registered with :func:`answers`; it returns
-NotImplemented for a form it does not know, and the logits are computed then.
+Its rows are in ``recorded.py`` (what stays lazy) and ``answered.py`` (what is answered from the shards). A row is a
+function ``(func, logits, args, kwargs)`` registered with :func:`answers`; it returns NotImplemented for a form it does
+not know, and the logits are computed then.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.lazy import nodes, rows
-from tp_plugin.lazy.logits import Family, VocabParallelLogits
-from tp_plugin.loss.parts import Options
+from tp_plugin.lazy import nodes
+from tp_plugin.lazy.logits import VocabParallelLogits
 
 _TABLE: dict[Any, Callable] = {}
 
@@ -130,188 +128,3 @@ def _densely(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _shares(x: Any, full: Tensor) -> bool:
     return type(x) is Tensor and (x is full or x._base is full or (full._base is not None and x._base is full._base))
-
-
-# ---- the table ---------------------------------------------------------------------------------------------------
-
-
-@answers(F.cross_entropy)
-def _cross_entropy(func, logits, args, kwargs):
-    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    target = given.pop("target", None)
-    plain = all(given.pop(name, None) is None for name in ("weight", "size_average", "reduce"))
-    indices = type(target) is Tensor and target.dtype == torch.int64 and target.shape == logits.shape[:1]
-    if not (plain and indices and logits.dim() == 2 and given.get("reduction", "mean") in ("mean", "sum", "none")):
-        return NotImplemented  # class weights, probabilities, the (N, V, d1, ...) form, torch's own errors
-    if not 0.0 <= given.get("label_smoothing", 0.0) <= 1.0:
-        return NotImplemented
-    return nodes.cross_entropy(logits, target, Options(**given))
-
-
-def _relabelled(logits: VocabParallelLogits, dtype: torch.dtype) -> Any:
-    if not dtype.is_floating_point:
-        return NotImplemented
-    if dtype == logits.dtype:
-        return logits
-    return nodes.step(logits, logits._recipe, logits.shape, dtype, Family())
-
-
-_CASTS = {
-    Tensor.float: torch.float32,
-    Tensor.double: torch.float64,
-    Tensor.half: torch.float16,
-    Tensor.bfloat16: torch.bfloat16,
-}
-
-
-@answers(*_CASTS)
-def _cast(func, logits, args, kwargs):
-    return NotImplemented if args or kwargs else _relabelled(logits, _CASTS[func])
-
-
-@answers(Tensor.type, Tensor.type_as)
-def _type(func, logits, args, kwargs):
-    if func is Tensor.type_as and len(args) == 1:
-        return _relabelled(logits, args[0].dtype) if args[0].device == logits.device else NotImplemented
-    if len(args) == 1 and isinstance(args[0], torch.dtype):
-        return _relabelled(logits, args[0])
-    return NotImplemented
-
-
-@answers(Tensor.to)
-def _to(func, logits, args, kwargs):
-    if "copy" in kwargs or len(args) > 3:
-        return NotImplemented
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    here = device is None or torch.empty(0, device=device).device == logits.device
-    if not here or memory_format is not None:
-        return NotImplemented
-    return logits if dtype is None else _relabelled(logits, dtype)
-
-
-@answers(Tensor.cuda, Tensor.cpu)
-def _move(func, logits, args, kwargs):
-    return logits if not args and not kwargs and logits.device.type == func.__name__ else NotImplemented
-
-
-@answers(Tensor.contiguous)
-def _contiguous(func, logits, args, kwargs):
-    return NotImplemented if args or kwargs else logits
-
-
-@answers(Tensor.clone, torch.clone)
-def _clone(func, logits, args, kwargs):
-    return nodes.step(logits, logits._recipe, logits.shape, logits.dtype, Family())
-
-
-@answers(Tensor.detach, torch.detach)
-def _detach(func, logits, args, kwargs):
-    return VocabParallelLogits(logits.shape, logits.dtype, logits._recipe, logits._family)
-
-
-@answers(
-    Tensor.view,
-    Tensor.reshape,
-    torch.reshape,
-    Tensor.flatten,
-    torch.flatten,
-    Tensor.unflatten,
-    Tensor.squeeze,
-    torch.squeeze,
-    Tensor.unsqueeze,
-    torch.unsqueeze,
-    Tensor.view_as,
-    Tensor.reshape_as,
-)
-def _reshape(func, logits, args, kwargs):
-    shape = rows.reshaped(func, logits.shape, args, kwargs)
-    if shape is None:
-        return NotImplemented
-    recipe = logits._recipe
-    hidden = recipe.hidden.reshape(*shape[:-1], recipe.hidden.shape[-1])
-    lead = recipe.hidden.shape
-    recipe = dataclasses.replace(recipe, hidden=hidden)
-    return nodes.step(logits, recipe, shape, logits.dtype, logits._family, lambda grad: grad.reshape(lead))
-
-
-@answers(Tensor.__getitem__)
-def _getitem(func, logits, args, kwargs):
-    taken = rows.taken(logits._recipe.hidden, args[0])
-    if taken is None:
-        return NotImplemented
-    hidden, pull, is_view = taken
-    recipe = dataclasses.replace(logits._recipe, hidden=hidden)
-    shape = (*hidden.shape[:-1], logits.shape[-1])
-    if len(shape) < 2:  # a single row: nothing to gain
-        return NotImplemented
-    return nodes.step(logits, recipe, shape, logits.dtype, logits._family if is_view else Family(), pull)
-
-
-@answers(
-    Tensor.mul,
-    Tensor.multiply,
-    Tensor.__mul__,
-    Tensor.__rmul__,
-    torch.mul,
-    torch.multiply,
-    Tensor.div,
-    Tensor.divide,
-    Tensor.true_divide,
-    Tensor.__truediv__,
-    torch.div,
-    torch.divide,
-    torch.true_divide,
-)
-def _scale(func, logits, args, kwargs):
-    if kwargs or len(args) != 1:
-        return NotImplemented
-    factor = args[0]
-    if type(factor) is Tensor or isinstance(factor, torch.nn.Parameter):
-        kinds = factor.is_floating_point() or factor.dtype in (torch.int64, torch.int32)
-        if factor.dim() or not kinds or (factor.requires_grad and torch.is_grad_enabled()):
-            return NotImplemented
-        factor = factor.detach().double()
-    elif type(factor) not in (int, float):
-        return NotImplemented
-    divides = "div" in func.__name__
-    if divides and not isinstance(factor, Tensor) and factor == 0:
-        return NotImplemented
-    return _transformed(logits, logits._recipe.transform.times(1.0 / factor if divides else factor * 1.0))
-
-
-@answers(Tensor.neg, Tensor.__neg__, torch.neg, torch.negative, Tensor.negative)
-def _negate(func, logits, args, kwargs):
-    return NotImplemented if args or kwargs else _transformed(logits, logits._recipe.transform.times(-1.0))
-
-
-@answers(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
-def _add_row(func, logits, args, kwargs):
-    """A constant for each word, as BART adds: part of the head's bias from then on, with no gradient of its own."""
-    row, recipe = args[0] if len(args) == 1 else None, logits._recipe
-    if kwargs or type(row) is not Tensor or row.requires_grad or not recipe.transform.identity:
-        return NotImplemented
-    one_row = row.numel() == row.shape[-1] == logits.shape[-1] if row.dim() else False
-    if not one_row or row.dim() > logits.dim() or (row.dtype, row.device) != (logits.dtype, logits.device):
-        return NotImplemented
-    own = row.reshape(-1)[recipe.vocab.start : recipe.vocab.stop].to(recipe.hidden.dtype)
-    recipe = dataclasses.replace(recipe, bias=own.clone() if recipe.bias is None else recipe.bias + own)
-    return nodes.step(logits, recipe, logits.shape, logits.dtype, Family())
-
-
-@answers(torch.tanh, Tensor.tanh, F.tanh)
-def _tanh(func, logits, args, kwargs):
-    transform = logits._recipe.transform
-    if args or kwargs or transform.tanh:
-        return NotImplemented
-    return _transformed(logits, dataclasses.replace(transform, tanh=True))
-
-
-def _transformed(logits, transform):
-    recipe = dataclasses.replace(logits._recipe, transform=transform)
-    return nodes.step(logits, recipe, logits.shape, logits.dtype, Family())
-
-
-@answers(Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor)
-def _new(func, logits, args, kwargs):
-    return func(torch.empty(0, dtype=logits.dtype, device=logits.device), *args, **kwargs)

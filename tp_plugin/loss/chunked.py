@@ -1,233 +1,216 @@
-"""Vocabulary-parallel linear cross entropy in plain PyTorch, some rows at a time: the logits never exist at once.
+"""Vocabulary-parallel linear cross entropy, some logits at a time: they never exist at once.
 
 Letters: N rows (tokens), H hidden size, V vocabulary, v rows of it on this rank, c rows a chunk.
 
-Per chunk: one product gives [c, v] logits; the rows' statistics (maximum, sum of exponentials, target logit, and with
-label smoothing the sum of logits) travel in ONE packed all-gather; the logits become their own gradient in place; one
-product gives the chunk's part of the hidden gradient, whose all-reduce runs while another product adds to the weight
-gradient. Working memory is a budget in bytes, not a function of N. The device is never asked for a value.
+Two ways. *Gradients in the forward* (6NvH operations, the least there is) for a scalar loss: per chunk of rows one
+product gives [c, v] logits, the rows' statistics travel in ONE packed all-gather while the next chunk's product runs,
+the logits become their own gradient in place, one product gives the chunk's part of the hidden gradient, whose
+all-reduce runs while another adds to the weight gradient. *Recomputation* (8NvH) for whatever has a gradient a token
+from upstream, and on request to save memory: statistics by rows in the forward; in the backward the logits again, tile
+by tile, so that no accumulator as large as the weight is needed.
 
-The online-softmax merge of (maximum, sum) pairs is that of Milakov and Gimelshein (https://arxiv.org/abs/1805.02867);
-gradients in the forward pass are Liger-Kernel's idea (https://arxiv.org/abs/2410.10989).
+Working memory is a budget in bytes, not a function of N. The device is never asked for a value.
+
+Gradients in the forward pass are Liger-Kernel's idea (https://arxiv.org/abs/2410.10989), recomputation from the
+normaliser that of Cut Cross-Entropy (https://arxiv.org/abs/2411.09009).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from tp_plugin.collectives import all_gather, all_reduce_
-from tp_plugin.config import TensorParallelConfig
-from tp_plugin.loss.parts import Head, HeadGrads, Options, Wanted
+from tp_plugin.collectives import start_all_gather
+from tp_plugin.loss.block import Asked, Block, Coefficients, RowStats, merge
+from tp_plugin.loss.job import Job, TokenStats, Upstream
+from tp_plugin.loss.parts import HeadGrads, Wanted
+from tp_plugin.loss.sums import PURPOSE, RowSums, TileSums
 
 T = TypeVar("T")
-PURPOSE = "loss"  # under which the collectives are counted
-DEFAULT_WORKSPACE = TensorParallelConfig.loss_workspace_mib << 20  # bytes
 
 
 def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
-    """Run ``function(head, ...)`` with autocast off: its dtypes are chosen already."""
+    """Run ``function(job, ...)`` with autocast off: its dtypes are chosen already."""
 
     @functools.wraps(function)
-    def plainly(head: Head, *args: Any, **kwargs: Any) -> T:
-        with torch.autocast(head.hidden.device.type, enabled=False):
-            return function(head, *args, **kwargs)
+    def plainly(job: Job, *args: Any, **kwargs: Any) -> T:
+        with torch.autocast(job.head.hidden.device.type, enabled=False):
+            return function(job, *args, **kwargs)
 
     return plainly
 
 
-def rows_per_chunk(head: Head, workspace_bytes: int | None) -> int:
+def rows_per_chunk(job: Job, asked: Asked) -> int:
     """Rows whose logits fit the budget; at least 1, and the same on every rank of the group.
 
-    A logit takes 4 bytes (8 in float64), its half-precision copy for the matrix product 2 more, and a soft cap
-    another 4 (8) for its derivative.
+    On a group there are two chunks at a time, one whose statistics travel and the next.
     """
-    rows, wide, narrow = head.hidden.shape[0], head.wide.itemsize, head.hidden.dtype.itemsize
-    each = wide * (2 if head.transform.tanh else 1) + (narrow if narrow < wide else 0)
-    widest = max(head.vocab.sizes)  # the group's, not this rank's: chunk counts must agree
-    budget = DEFAULT_WORKSPACE if workspace_bytes is None else workspace_bytes
-    fits = max(1, budget // max(1, each * widest))
+    rows, group = job.head.hidden.shape[0], job.head.vocab.group
+    widest = max(job.head.vocab.sizes)  # the group's, not this rank's: chunk counts must agree
+    each = job.block.bytes_per_logit(job.head, asked)
+    if group is not None:
+        each += job.block.bytes_per_logit(job.head, Asked(gradient=False))
+    fits = max(1, (job.budget - job.spare) // max(1, each * widest))
     chunks = -(-rows // fits)
     return -(-rows // max(1, chunks))
 
 
 @outside_autocast
 def scalar_loss(
-    head: Head, labels: torch.Tensor, options: Options, wanted: Wanted | None, workspace_bytes: int | None = None
-) -> tuple[torch.Tensor, HeadGrads | None]:
+    job: Job, wanted: Wanted | None, entropy: bool = False
+) -> tuple[torch.Tensor, HeadGrads | None, TokenStats]:
     """Mean or sum of the cross entropy, and its gradients for an upstream gradient of 1. A collective call.
 
     Args:
-        head: the factors of the logits.
-        labels: [N] int64, checked by ``check_labels``.
-        options: ``reduction`` is ``"mean"`` or ``"sum"``. The mean over no valid label is nan, with zero gradients,
-            as in torch.
+        job: its ``options.reduction`` is ``"mean"`` or ``"sum"``. The mean over no valid label is nan, with zero
+            gradients, as in torch.
         wanted: which gradients; None or nothing wanted computes the statistics only.
-        workspace_bytes: budget of the working memory; None is the default of the configuration.
+        entropy: whether the statistics include it.
 
     Returns:
-        The loss, 0-dim in ``head.wide``; and the gradients as unnormalised sums with their scale beside them, or None.
+        The loss, 0-dim in ``head.wide``; the gradients as unnormalised sums with their scale beside them, or None;
+        and the statistics.
     """
-    valid = labels != options.ignore_index
-    losses = torch.zeros(labels.shape[0], dtype=head.wide, device=labels.device)
-    sums = _Sums(head, wanted, workspace_bytes) if wanted else None
-    ones = valid.to(head.wide)
-    for rows in _chunks(head, workspace_bytes):
-        chunk = _Chunk(head, head.hidden[rows], labels[rows], valid[rows], options)
-        log_z, losses[rows] = chunk.measure()
+    head, (weights, largest) = job.head, _normalised(job)
+    asked = Asked(job.options.label_smoothing > 0, entropy, bool(wanted))
+    single = rows_per_chunk(job, asked) >= head.hidden.shape[0]
+    sums = RowSums(head, wanted, single, job.spare) if wanted else None
+    found = _Collected(job, entropy)
+    for rows, block, stats in _passes(job, asked):
+        found.put(rows, stats)
         if sums is not None:
-            sums.add(rows, chunk.gradient_(log_z, ones[rows]))
-        del chunk
-    total = losses.sum()
-    scale = total.new_ones(()) * head.transform.slope
-    if options.reduction == "mean":
-        count = ones.sum()
+            by = job.coefficients(stats.log_z, weights[rows])
+            sums.add(rows, block.gradient_(stats.log_z, stats.entropy, by))
+        del block
+    total = (found.stats.losses * job.weights).sum()
+    scale = largest * head.transform.slope
+    if job.options.reduction == "mean":
+        count = job.valid.sum()
         total, scale = total / count, scale / count.clamp(min=1)
-    return total, None if sums is None else sums.finish(scale)
+    return total, None if sums is None else sums.finish(scale), found.stats
 
 
 @outside_autocast
-def token_losses(
-    head: Head, labels: torch.Tensor, options: Options, workspace_bytes: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross entropy of every row and the logarithm of its normaliser, [N] each in ``head.wide``. Collective."""
-    valid = labels != options.ignore_index
-    losses, log_z = torch.zeros(2, labels.shape[0], dtype=head.wide, device=labels.device)
-    for rows in _chunks(head, workspace_bytes):
-        chunk = _Chunk(head, head.hidden[rows], labels[rows], valid[rows], options)
-        log_z[rows], losses[rows] = chunk.measure()
-        del chunk
-    return losses, log_z
+def token_stats(job: Job, entropy: bool = False) -> TokenStats:
+    """The cross entropy and the statistics of every row. A collective call."""
+    asked = Asked(job.options.label_smoothing > 0, entropy, gradient=False)
+    found = _Collected(job, entropy)
+    for rows, _, stats in _passes(job, asked):
+        found.put(rows, stats)
+    return found.stats
 
 
 @outside_autocast
 def token_grads(
-    head: Head,
-    labels: torch.Tensor,
-    log_z: torch.Tensor,
-    upstream: torch.Tensor,
-    options: Options,
-    wanted: Wanted,
-    workspace_bytes: int | None = None,
+    job: Job, log_z: torch.Tensor, entropy: torch.Tensor | None, upstream: Upstream, wanted: Wanted
 ) -> HeadGrads:
-    """Gradients of ``(token_losses * upstream).sum()``, the logits computed a second time. A collective call.
+    """Gradients of the sum of the statistics times ``upstream``, the logits computed a second time. Collective: one
+    all-reduce.
 
     Args:
-        log_z: [N], as ``token_losses`` returned it.
-        upstream: [N], any floating dtype. Its largest magnitude goes into the scale, so a loss scale cannot overflow.
+        log_z: [N], as in ``TokenStats``.
+        entropy: likewise; needed if it has an upstream gradient.
+        upstream: any floating dtypes. The largest magnitude goes into the scale, so a loss scale cannot overflow.
     """
-    valid = labels != options.ignore_index
-    upstream = torch.where(valid, upstream.to(head.wide), 0.0)
-    largest = upstream.abs().amax() if upstream.numel() else upstream.new_ones(())
+    head, wide = job.head, job.head.wide
+    arrived = [getattr(upstream, field.name) for field in dataclasses.fields(upstream)]
+    arrived = [None if x is None else x.to(wide) for x in arrived]
+    peaks = [x.abs().amax() for x in arrived if x is not None and x.numel()]
+    largest = torch.stack(peaks).amax() if peaks else torch.ones((), dtype=wide, device=head.hidden.device)
     largest = torch.where(largest > 0, largest, 1.0)
-    weights = upstream / largest
-    sums = _Sums(head, wanted, workspace_bytes)
-    for rows in _chunks(head, workspace_bytes):
-        chunk = _Chunk(head, head.hidden[rows], labels[rows], valid[rows], options)
-        sums.add(rows, chunk.gradient_(log_z[rows], weights[rows]))
-        del chunk
+    by = _combined(job, log_z, *(None if x is None else x / largest for x in arrived))
+    sums = TileSums(head, wanted, job.spare)
+    asked = Asked(entropy=by.entropy is not None)
+    height, width = _tile(job, asked)
+    for left in range(0, head.weight.shape[0], width):
+        columns = slice(left, min(left + width, head.weight.shape[0]))
+        part = head.columns(columns.start, columns.stop)
+        for top in range(0, head.hidden.shape[0], height):
+            rows = slice(top, min(top + height, head.hidden.shape[0]))
+            start = head.vocab.start + left
+            block = job.block.of_head(part, head.hidden[rows], job.labels[rows], job.valid[rows], start, asked)
+            row_entropy = None if entropy is None else entropy[rows]
+            sums.add(rows, columns, block.gradient_(log_z[rows], row_entropy, by[rows]))
+            del block
     return sums.finish(largest * head.transform.slope)
 
 
-def _chunks(head: Head, workspace_bytes: int | None) -> Iterator[slice]:
-    rows, size = head.hidden.shape[0], rows_per_chunk(head, workspace_bytes)
-    for start in range(0, rows, max(1, size)):
-        yield slice(start, min(start + size, rows))
+def _normalised(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token weights with largest magnitude 1, and that magnitude, 0-dim: half precision may not hold it."""
+    if job.token_weights is None or not job.weights.numel():
+        return job.weights, job.weights.new_ones(())
+    largest = job.weights.abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return job.weights / largest, largest
 
 
-class _Chunk:
-    """The logits of some rows, then their exponentials, then their gradient: one buffer, overwritten twice."""
-
-    def __init__(
-        self, head: Head, hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, options: Options
-    ) -> None:
-        self.head, self.valid, self.options = head, valid, options
-        logits = head.transform.apply_(head.products(hidden))
-        local = labels - head.vocab.start
-        self.mine = valid & (local >= 0) & (local < head.vocab.rows)
-        self.target = local.clamp(0, max(0, head.vocab.rows - 1)).unsqueeze(1)
-        self.bend = head.transform.bend_(logits.clone()) if head.transform.tanh else None
-        if head.vocab.rows:
-            self.top = logits.amax(1)
-            self.target_logit = torch.where(self.mine, logits.gather(1, self.target).squeeze(1), 0.0)
-        else:
-            self.top = logits.new_full((len(labels),), float("-inf"))
-            self.target_logit = torch.zeros_like(self.top)
-        self.logit_sum = logits.sum(1) if options.label_smoothing else None
-        # a shard of nothing but -inf (masked words) has the maximum -inf, and -inf - -inf is no number
-        self.shift = torch.where(self.top == float("-inf"), 0.0, self.top)
-        self.exps = logits.sub_(self.shift.unsqueeze(1)).exp_()
-
-    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """log Z and the loss of each row, [c] each; the chunk's one all-gather. Ignored rows lose 0."""
-        own = [self.top, self.exps.sum(1), self.target_logit]
-        if self.logit_sum is not None:
-            own.append(self.logit_sum)
-        everyone = torch.stack(all_gather(torch.stack(own), self.head.vocab.group, purpose=PURPOSE))  # [ranks, k, c]
-        tops, sums = everyone[:, 0], everyone[:, 1]
-        top = tops.amax(0)
-        log_z = top + (sums * (tops - top).exp()).sum(0).log()
-        smoothing = self.options.label_smoothing
-        loss = log_z - (1 - smoothing) * everyone[:, 2].sum(0)
-        if smoothing:
-            loss = loss - everyone[:, 3].sum(0) * (smoothing / self.head.vocab.size)
-        return log_z, torch.where(self.valid, loss, 0.0)
-
-    def gradient_(self, log_z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[c, v] gradient of ``weights`` [c] times the losses, up to ``transform.slope``, in the hidden dtype.
-
-        Takes the place of the exponentials. ``weights`` are 0 where rows are ignored.
-        """
-        smoothing = self.options.label_smoothing
-        d = self.exps.mul_(((self.shift - log_z).exp() * weights).unsqueeze(1))
-        if smoothing:
-            d.sub_((weights * (smoothing / self.head.vocab.size)).unsqueeze(1))
-        if self.head.vocab.rows:
-            hit = torch.where(self.mine, weights * (1 - smoothing), 0.0).unsqueeze(1)
-            d.scatter_(1, self.target, d.gather(1, self.target) - hit)
-        if self.bend is not None:
-            d.mul_(self.bend)
-        return d.to(self.head.hidden.dtype)
+def _passes(job: Job, asked: Asked) -> Iterator[tuple[slice, Block, RowStats]]:
+    """Every chunk with its merged statistics; on a group the next chunk is begun while these travel."""
+    head, size = job.head, rows_per_chunk(job, asked)
+    total, ahead = head.hidden.shape[0], None
+    for start in range(0, total, max(1, size)):
+        rows = slice(start, min(start + size, total))
+        block = job.block.of_head(head, head.hidden[rows], job.labels[rows], job.valid[rows], head.vocab.start, asked)
+        sent = start_all_gather(block.statistics(), head.vocab.group, purpose=PURPOSE)
+        if ahead is not None:
+            yield ahead[0], ahead[1], merge(ahead[2](), asked)
+        ahead = rows, block, sent
+        del block  # no reference but the one in ahead, which goes before the next block is made
+        if head.vocab.group is None:
+            yield ahead[0], ahead[1], merge(ahead[2](), asked)
+            ahead = None
+    if ahead is not None:
+        yield ahead[0], ahead[1], merge(ahead[2](), asked)
 
 
-class _Sums:
-    """Adds the chunks' gradients up; the hidden gradient's all-reduces are under way until ``finish``."""
+class _Collected:
+    """TokenStats being filled in."""
 
-    def __init__(self, head: Head, wanted: Wanted, workspace_bytes: int | None) -> None:
-        self.head, self.wanted = head, wanted
-        self.single = rows_per_chunk(head, workspace_bytes) >= head.hidden.shape[0]
-        self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
-        self.weight = self.bias = None
-        if wanted.weight and (head.hidden.shape[0] == 0 or not self.single):
-            self.weight = torch.zeros_like(head.weight, dtype=head.wide, memory_format=torch.contiguous_format)
-        if wanted.bias:
-            self.bias = torch.zeros(head.vocab.rows, dtype=head.wide, device=head.hidden.device)
-        self.pending: list[dist.Work] = []
+    def __init__(self, job: Job, entropy: bool) -> None:
+        self.job = job
+        rows = torch.zeros(4, job.labels.shape[0], dtype=job.head.wide, device=job.labels.device)
+        self.stats = TokenStats(rows[0], rows[1], rows[2], rows[3] if entropy else None)
 
-    def add(self, rows: slice, d: torch.Tensor) -> None:
-        """Take in the gradient [c, v] of the raw products of ``rows``."""
-        if self.hidden is not None:
-            part = self.hidden[rows]
-            torch.mm(d, self.head.weight, out=part)
-            work = all_reduce_(part, self.head.vocab.group, purpose=PURPOSE, async_op=True)
-            if work is not None:
-                self.pending.append(work)
-        if self.wanted.weight:
-            if self.weight is None:
-                self.weight = torch.mm(d.t(), self.head.hidden[rows])
-            elif d.dtype == self.weight.dtype:
-                self.weight.addmm_(d.t(), self.head.hidden[rows])
-            else:
-                self.weight.add_(torch.mm(d.t(), self.head.hidden[rows]))
-        if self.bias is not None:
-            self.bias.add_(d.sum(0, dtype=self.bias.dtype))
+    def put(self, rows: slice, stats: RowStats) -> None:
+        valid = self.job.valid[rows]
+        self.stats.losses[rows] = torch.where(valid, self.job.losses(stats), 0.0)
+        self.stats.logprobs[rows] = torch.where(valid, stats.target - stats.log_z, 0.0)
+        self.stats.log_z[rows] = stats.log_z
+        if self.stats.entropy is not None and stats.entropy is not None:
+            self.stats.entropy[rows] = stats.entropy
 
-    def finish(self, scale: torch.Tensor) -> HeadGrads:
-        """Wait for what travels."""
-        for work in self.pending:
-            work.wait()
-        return HeadGrads(self.hidden, self.weight, self.bias, scale)
+
+def _combined(
+    job: Job,
+    all_log_z: torch.Tensor,
+    losses: torch.Tensor | None,
+    logprobs: torch.Tensor | None,
+    log_z: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+) -> Coefficients:
+    zero = torch.zeros_like(all_log_z)
+    by = Coefficients(zero, zero)
+    if losses is not None:
+        by = job.coefficients(all_log_z, torch.where(job.valid, losses, 0.0))
+    if logprobs is not None:
+        counted = torch.where(job.valid, logprobs, 0.0)
+        by = dataclasses.replace(by, softmax=by.softmax - counted, target=by.target - counted)
+    if log_z is not None:
+        by = dataclasses.replace(by, softmax=by.softmax + log_z)
+    return by if entropy is None else dataclasses.replace(by, entropy=entropy)
+
+
+def _tile(job: Job, asked: Asked) -> tuple[int, int]:
+    """Rows and columns of a tile. All rows if there is room for them beside 2048 columns: then a column's weight
+    gradient is one product; otherwise the column's float32 sum takes a quarter of the budget."""
+    head, each = job.head, job.block.bytes_per_logit(job.head, asked)
+    rows, columns = head.hidden.shape[0], max(1, head.weight.shape[0])
+    room = max(1, job.budget - job.spare)
+    if room // max(1, each * rows) >= min(columns, 2048):
+        return max(1, rows), min(columns, room // max(1, each * rows))
+    width = min(columns, max(1, room // 4 // (head.hidden.shape[1] * head.wide.itemsize)))
+    return max(1, min(rows, room * 3 // 4 // (each * width))), width

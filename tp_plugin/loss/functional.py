@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from tp_plugin.collectives import copy_to_region, gather_from_region
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.loss import chunked
-from tp_plugin.loss.parts import Head, HeadGrads, Options, Transform, Wanted, check_labels, unpack
-from tp_plugin.loss.reference import cap, loss_of_logits, reference_cross_entropy
+from tp_plugin.loss import chunked, implementations
+from tp_plugin.loss.checks import check_labels, head_problem, vocab_of
+from tp_plugin.loss.job import Job, TokenStats, Upstream
+from tp_plugin.loss.parts import Head, HeadGrads, Options, Transform, Wanted, unpack, wide_of
+from tp_plugin.loss.reference import Stats, cap, loss_of_logits
 from tp_plugin.loss.vocab import VocabShard
-
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 
 def linear_cross_entropy(
@@ -23,91 +25,113 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
     vocab: VocabShard | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    token_weights: torch.Tensor | None = None,
     num_items: int | float | torch.Tensor | None = None,
     workspace_bytes: int | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
+    return_stats: bool = False,
+    recompute: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """Cross entropy of ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`` without holding the logits.
 
-    A collective call over ``vocab.group`` when the vocabulary is sharded; the gradient of ``weight`` and ``bias`` is
-    that of this rank's rows, the gradient of ``hidden`` the full sum over the group.
+    A token's loss is torch's cross entropy with label smoothing, plus ``z_loss * logsumexp(logits)**2``, times its
+    ``token_weights``; 0 where its label is ``ignore_index``.
+
+    A collective call over ``group`` when the vocabulary is sharded; the gradient of ``weight`` and ``bias`` is that of
+    this rank's rows, the gradient of ``hidden`` the full sum over the group. A chunk of rows costs one all-gather of a
+    few numbers a row and, for a scalar loss, one asynchronous all-reduce of its part of the hidden gradient.
 
     Args:
         hidden: [..., H] floating; equal on all ranks of the group.
         weight: [v, H], this rank's rows; cast to the dtype of ``hidden`` (under autocast both to the autocast dtype).
-        labels: [...] int64, the leading dimensions of ``hidden``; equal on all ranks. See ``check_labels`` for how a
-            label outside the vocabulary is refused.
+        labels: [...] int64 global ids, the leading dimensions of ``hidden``; equal on all ranks. One outside the
+            vocabulary is a TensorParallelError on CPU; elsewhere the device asserts, so that the host need not wait.
         bias: [v] or None.
-        vocab: which rows this rank holds; None: all of them.
+        group: the ranks that hold the vocabulary together, in rank order; None: this rank holds all of it. The first
+            call with a ``weight`` tensor exchanges the shards' sizes and finds out together what does not fit.
+        vocab_size: words in all; None: what the shards add up to.
+        vocab: says all of that at once and needs no exchange; instead of ``group`` and ``vocab_size``.
         ignore_index: label of rows that do not count.
-        reduction: ``"mean"`` over valid rows, ``"sum"``, or ``"none"``.
+        reduction: ``"mean"`` over the rows that count, ``"sum"``, or ``"none"``.
         label_smoothing: in [0, 1], spread over the whole vocabulary as torch does.
+        z_loss: weight of the squared log-normaliser (PaLM, https://arxiv.org/abs/2204.02311, section 5).
         scale: multiplies the products.
         softcap: cap of the logits, or None.
-        num_items: with ``"mean"``, what the sum is divided by instead of the number of valid rows.
-        workspace_bytes: working memory of the chunked implementation; None is the configuration's default.
-        impl: ``"chunked"``; ``"reference"`` (full logits, plain autograd, for tests and double backward);
-            ``"auto"`` picks the fastest there is.
+        token_weights: [...] floating, like the labels. They do not change the divisor of the mean.
+        num_items: divides the sum instead of the number of rows that count (``"mean"`` and ``"sum"`` are then one).
+        workspace_bytes: working memory; None is 512 MiB, on a CPU 64 MiB.
+        impl: ``"chunked"`` (PyTorch); ``"triton"`` (the same with the rows' arithmetic in kernels); ``"reference"``
+            (full logits, plain autograd, for tests and double backward); ``"auto"`` picks the fastest there is.
+        return_stats: return :class:`Stats` too. Gradients through them, as through ``"none"``, compute the logits anew.
+        recompute: compute the logits anew for a scalar loss too: a third more operations, and beside the working
+            memory only ``4 * N * H`` bytes instead of ``4 * v * H``.
 
     Returns:
-        A scalar, or the shape of ``labels`` for ``"none"``; float32, or float64 for float64 ``hidden``.
-        ``"reference"`` returns the dtype of the logits.
+        A scalar, or the shape of ``labels`` for ``"none"``; float32, or float64 for float64 ``hidden``. With
+        ``return_stats`` a pair. ``"reference"`` returns the dtype of the logits.
 
     Raises:
-        TensorParallelError: shapes, dtypes or options that do not fit together; labels that are not words; a second
-            derivative of the chunked implementation.
+        TensorParallelError: shapes, dtypes or options that do not fit together; labels that are not words; an ``impl``
+            that cannot run here; a second derivative of all but ``"reference"``.
     """
-    vocab = VocabShard.balanced(weight.shape[0], None) if vocab is None else vocab
-    options = Options(reduction, ignore_index, label_smoothing)
-    _check(hidden, weight, bias, labels, vocab, options, num_items, impl)
-    lead, flat = labels.shape, hidden.reshape(-1, hidden.shape[-1])
-    labels = labels.reshape(-1)
+    options = Options(reduction, ignore_index, label_smoothing, z_loss)
+    problem = head_problem(hidden, weight, bias, labels, token_weights)
+    if num_items is not None and reduction == "none":
+        problem = "num_items divides a sum, and reduction='none' makes none; leave one of them out."
+    if vocab is None:
+        vocab = vocab_of(weight, weight.shape[0], group, vocab_size, problem)
+    elif group is not None or vocab_size is not None:
+        problem = "vocab says what group and vocab_size say; give either."
+    elif vocab.rows != weight.shape[0]:
+        problem = f"this rank holds {vocab.rows} rows of the vocabulary, and weight has {weight.shape[0]}."
+    if problem:
+        raise TensorParallelError(problem)
+    block = implementations.block_for(impl, hidden.device, compute_dtype(hidden))
+    lead, flat, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     check_labels(labels, flat.shape[0], vocab, ignore_index)
-    if impl == "reference":
-        losses = _reference(flat, weight, bias, labels, vocab, options, scale, softcap, num_items)
+    weights = None if token_weights is None else token_weights.reshape(-1)
+    stats: Stats | None
+    if block is None:
+        loss, stats = _reference(flat, weight, bias, labels, vocab, options, scale, softcap, weights, num_items)
     else:
-        reduced = options if num_items is None else Options("sum", ignore_index, label_smoothing)
-        transform = Transform.of(scale, softcap)
-        losses = _Chunked.apply(
-            flat, weight, bias, labels, vocab, transform, reduced, workspace_bytes, torch.is_grad_enabled()
-        )
-        losses = losses if num_items is None else losses / num_items
-    return losses.reshape(lead) if reduction == "none" else losses
+        how = vocab, Transform.of(scale, softcap), workspace_bytes, block, return_stats, recompute
+        loss, stats = _fused(flat, weight, bias, labels, weights, options, num_items, how)
+    loss = loss.reshape(lead) if reduction == "none" else loss
+    return (loss, Stats(*(x.reshape(lead) for x in stats))) if return_stats and stats is not None else loss
 
 
-def _check(
+def _fused(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    vocab: VocabShard,
+    token_weights: torch.Tensor | None,
     options: Options,
     num_items: Any,
-    impl: str,
-) -> None:
-    problem = None
-    if impl not in IMPLEMENTATIONS:
-        problem = f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}."
-    elif not hidden.is_floating_point() or weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
-        problem = (
-            f"hidden [..., H] and weight [v, H] do not fit: {tuple(hidden.shape)} of {hidden.dtype}, "
-            f"{tuple(weight.shape)}."
-        )
-    elif weight.shape[0] != vocab.rows or (bias is not None and bias.shape != (vocab.rows,)):
-        shapes = tuple(weight.shape), None if bias is None else tuple(bias.shape)
-        problem = f"this rank holds {vocab.rows} rows of the vocabulary, weight and bias have shapes {shapes}."
-    elif labels.shape != hidden.shape[:-1]:
-        problem = f"labels {tuple(labels.shape)} are not the leading dimensions of hidden {tuple(hidden.shape)}."
-    elif num_items is not None and options.reduction != "mean":
-        problem = f"num_items replaces the divisor of the mean; it does not go with reduction={options.reduction!r}."
-    if problem:
-        raise TensorParallelError(problem)
+    how: tuple,
+) -> tuple[torch.Tensor, Stats | None]:
+    """The fused node, and around it what autograd does as well: learned token weights, the division by num_items."""
+    learned = token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled()
+    inside = "none" if learned else options.reduction if num_items is None else "sum"
+    folded = None if learned or token_weights is None else token_weights.detach().to(wide_of(hidden.dtype))
+    asked = dataclasses.replace(options, reduction=inside)
+    loss, *found = _Fused.apply(hidden, weight, bias, labels, folded, (asked, *how), torch.is_grad_enabled())
+    if learned:
+        loss = loss * token_weights
+        if options.reduction != "none":
+            loss = loss.sum()
+        if options.reduction == "mean" and num_items is None:
+            loss = loss / (labels != options.ignore_index).sum()
+    return loss if num_items is None else loss / num_items, Stats(*found) if found else None
 
 
 def _reference(
@@ -119,17 +143,13 @@ def _reference(
     options: Options,
     scale: float,
     softcap: float | None,
+    token_weights: torch.Tensor | None,
     num_items: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Stats]:
     """Plain autograd; on a group the logits are gathered."""
-    rest = options.ignore_index, options.reduction, options.label_smoothing, num_items
-    if vocab.group is None:
-        names = ("ignore_index", "reduction", "label_smoothing", "num_items")
-        kwargs: dict[str, Any] = dict(zip(names, rest, strict=True))
-        return reference_cross_entropy(hidden, weight, labels, bias=bias, scale=scale, softcap=softcap, **kwargs)
     own = F.linear(copy_to_region(hidden, vocab.group, purpose="loss"), weight, bias)
     logits = gather_from_region(cap(own, scale, softcap), vocab.group, -1, vocab.sizes, purpose="loss")
-    return loss_of_logits(logits, labels, *rest)
+    return loss_of_logits(logits, labels, options, token_weights, num_items)
 
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -149,47 +169,74 @@ def refuse_double_backward() -> None:
         )
 
 
-class _Chunked(torch.autograd.Function):
-    """``chunked.scalar_loss`` and ``chunked.token_losses`` for autograd."""
+class _Fused(torch.autograd.Function):
+    """The loss, and with ``return_stats`` the statistics, for autograd."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, vocab, transform, options, workspace_bytes, recording):
+    def forward(ctx, hidden, weight, bias, labels, token_weights, setup, recording):
         ctx.set_materialize_grads(False)
+        options, vocab, transform, workspace_bytes, block, return_stats, recompute = setup
         dtype = compute_dtype(hidden)
-        head = Head(
-            hidden.detach().to(dtype),
-            weight.detach().to(dtype),
-            None if bias is None else bias.detach(),
-            vocab,
-            transform,
-        )
-        ctx.wanted = Wanted(*ctx.needs_input_grad[:3]) if recording else Wanted(False, False, False)
+        bias_values = None if bias is None else bias.detach()
+        head = Head(hidden.detach().to(dtype), weight.detach().to(dtype), bias_values, vocab, transform)
+        job = Job(head, labels, options, token_weights, workspace_bytes, block)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.setup = vocab, transform, options, workspace_bytes
-        if options.reduction == "none":
-            losses, log_z = chunked.token_losses(head, labels, options, workspace_bytes)
-            ctx.save_for_backward(head.hidden, head.weight, head.bias, labels, log_z)
-            return losses
-        loss, grads = chunked.scalar_loss(head, labels, options, ctx.wanted, workspace_bytes)
-        if grads is not None:
-            ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, grads.scale)
-        return loss
+        wanted = Wanted(*ctx.needs_input_grad[:3]) if recording else Wanted(False, False, False)
+        loss, stats = run(ctx, job, wanted, stats=return_stats, recompute=recompute)
+        return (loss, stats.logprobs, stats.entropy, stats.log_z) if return_stats else (loss,)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, loss, logprobs=None, entropy=None, log_z=None):
         refuse_double_backward()
-        if upstream is None:
-            return (None,) * 9
-        grads = restore(ctx, upstream)
+        if all(x is None for x in (loss, logprobs, entropy, log_z)):
+            return (None,) * 7
+        grads = restore(ctx, Upstream(loss, logprobs, log_z, entropy))
+        grads = dataclasses.replace(grads, fresh=not ctx.direct)
         parts = ("hidden", "weight", "bias")
-        return (*(unpack([grads], part, dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), *(None,) * 6)
+        return (*(unpack([grads], part, dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), *(None,) * 4)
 
 
-def restore(ctx: Any, upstream: torch.Tensor) -> HeadGrads:
-    """The gradients of a node that saved what ``_Chunked.forward`` saves. A collective call for ``"none"``."""
-    vocab, transform, options, workspace_bytes = ctx.setup
-    if options.reduction == "none":
-        hidden, weight, bias, labels, log_z = ctx.saved_tensors
-        head = Head(hidden, weight, bias, vocab, transform)
-        return chunked.token_grads(head, labels, log_z, upstream, options, ctx.wanted, workspace_bytes)
-    return HeadGrads(*ctx.saved_tensors).scaled(upstream)
+def run(
+    ctx: Any, job: Job, wanted: Wanted, *, stats: bool = False, recompute: bool = False
+) -> tuple[torch.Tensor, TokenStats]:
+    """The forward of an autograd node over ``job``; what :func:`restore` needs is kept in ``ctx``.
+
+    Args:
+        ctx: of the node.
+        wanted: which gradients the backward will be asked for.
+        stats: whether the entropy is among the statistics, and the statistics of a scalar loss have gradients.
+        recompute: keep no gradients of a scalar loss, but what they are computed from.
+    """
+    scalar, head = job.options.reduction != "none", job.head
+    ctx.direct = scalar and bool(wanted) and not recompute
+    if scalar:
+        loss, grads, found = chunked.scalar_loss(job, wanted if ctx.direct else None, stats)
+    else:
+        grads, found = None, chunked.token_stats(job, stats)
+        loss = found.losses if job.token_weights is None else found.losses * job.weights
+    made = (None,) * 4 if grads is None else (grads.hidden, grads.weight, grads.bias, grads.scale)
+    again: tuple = (None,) * 7
+    if wanted and (stats or not ctx.direct):
+        again = head.hidden, head.weight, head.bias, job.labels, job.token_weights, found.log_z, found.entropy
+    ctx.save_for_backward(*made, *again)
+    ctx.wanted, ctx.setup = wanted, (head.vocab, head.transform, job.options, job.workspace_bytes, job.block)
+    return loss, found
+
+
+def restore(ctx: Any, upstream: Upstream) -> HeadGrads:
+    """The gradients of a node whose forward was :func:`run`.
+
+    A collective call, one all-reduce, unless they were made in the forward already.
+    """
+    hidden, weight, bias, scale, *again = ctx.saved_tensors
+    if ctx.direct and upstream.alone and upstream.losses is not None:
+        return HeadGrads(hidden, weight, bias, scale).scaled(upstream.losses)
+    vocab, transform, options, workspace_bytes, block = ctx.setup
+    hidden, weight, bias, labels, token_weights, log_z, entropy = again
+    job = Job(Head(hidden, weight, bias, vocab, transform), labels, options, token_weights, workspace_bytes, block)
+    losses = upstream.losses
+    if losses is not None:
+        losses = losses.to(job.head.wide) * job.weights
+        if options.reduction == "mean":
+            losses = losses / job.valid.sum().clamp(min=1)
+    return chunked.token_grads(job, log_z, entropy, dataclasses.replace(upstream, losses=losses), ctx.wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,29 +89,32 @@ class Head:
         """Dtype of the arithmetic on logits and of the statistics: float64 for float64, else float32."""
         return wide_of(self.hidden.dtype)
 
-    def products(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[c, v] ``hidden @ weight.T + bias`` in ``wide``, a new tensor."""
-        z = torch.mm(hidden, self.weight.t()).to(self.wide)
-        return z if self.bias is None else z.add_(self.bias)
+    def columns(self, start: int, stop: int) -> Head:
+        """The same for rows ``[start, stop)`` of this rank's weight only; its ``vocab`` stays the whole shard's."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return dataclasses.replace(self, weight=self.weight[start:stop], bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the cross entropy, as in ``torch.nn.functional.cross_entropy``.
+    """Options of the cross entropy, as in ``torch.nn.functional.cross_entropy``, and the weight of the z-loss.
 
     Raises:
-        TensorParallelError: an unknown reduction or a label smoothing outside [0, 1].
+        TensorParallelError: an unknown reduction, a label smoothing outside [0, 1], a z-loss that is no finite number.
     """
 
     reduction: str = "mean"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
             raise TensorParallelError(f"reduction must be one of {REDUCTIONS}, got {self.reduction!r}.")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise TensorParallelError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}.")
+        if not math.isfinite(self.z_loss):
+            raise TensorParallelError(f"z_loss must be a finite number, got {self.z_loss!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +141,14 @@ class HeadGrads:
         weight: [v, H], this rank's rows; in float32 when it was accumulated over chunks.
         bias: [v].
         scale: 0-dim, float32 or float64.
+        fresh: made for one backward and unpacked once, so that the tensors may be scaled where they are.
     """
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     scale: torch.Tensor
+    fresh: bool = False
 
     def scaled(self, factor: Scalar) -> HeadGrads:
         """The same gradients times ``factor``."""
@@ -163,41 +169,11 @@ def unpack(grads: Sequence[HeadGrads], part: str, dtype: torch.dtype) -> torch.T
     if not found:
         return None
     tensor, scale = found[0]  # a 1-dim scale takes part in type promotion, so half-precision gradients are widened
+    if len(found) == 1 and grads[0].fresh and tensor.dtype == dtype:
+        return tensor.mul_(scale)
     if len(found) == 1:
         return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
     total = tensor * scale
     for tensor, scale in found[1:]:
         total += tensor * scale
     return total.to(dtype)
-
-
-def check_labels(labels: torch.Tensor, rows: int, vocab: VocabShard, ignore_index: int) -> None:
-    """Refuse labels that are not words. Labels are equal on all ranks of a group, so all ranks refuse together.
-
-    On CPU the labels are read and a TensorParallelError is raised. On other devices reading them would stall the
-    host, so the check is ``torch._assert_async``: the device stops with this sentence.
-
-    Args:
-        labels: [N] integers.
-        rows: N of the hidden states.
-        vocab: the vocabulary.
-        ignore_index: the label that is no word.
-
-    Raises:
-        TensorParallelError: wrong shape or dtype; on CPU a label outside [0, V) that is not ``ignore_index``.
-    """
-    if labels.dtype != torch.int64 or labels.shape != (rows,):
-        raise TensorParallelError(
-            f"expected {rows} int64 labels, one a row of the hidden states, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}."
-        )
-    wrong = ((labels < 0) | (labels >= vocab.size)) & (labels != ignore_index)
-    if labels.device.type != "cpu":
-        message = f"a label lies outside the vocabulary [0, {vocab.size}) and is not ignore_index {ignore_index}"
-        torch._assert_async(~wrong.any(), message)
-    elif bool(wrong.any()):
-        worst = labels[wrong][0].item()
-        raise TensorParallelError(
-            f"label {worst} lies outside the vocabulary [0, {vocab.size}) and is not ignore_index ({ignore_index}); "
-            "was the tokenizer extended without resizing the model's embeddings?"
-        )

@@ -164,7 +164,7 @@ def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config:
     elif isinstance(module, RowParallel):
         module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT)
     elif isinstance(module, VocabParallelHead):
-        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20)
+        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20 or None)
     elif isinstance(module, VocabParallelEmbedding):
         module.tp_setup(mesh, layout)
     elif isinstance(module, WideRMSNorm):

@@ -1,0 +1,184 @@
+"""The rows of one block of logits: their statistics, and their gradient in place of them, in plain PyTorch.
+
+Letters: c rows (tokens), b columns (words of this rank), V words in all. Everything is in float32 (float64), on one
+buffer of ``[c, b]`` that is overwritten twice: logits, exponentials, gradient.
+
+The merge of (maximum, sum of exponentials) pairs is the online softmax of Milakov and Gimelshein
+(https://arxiv.org/abs/1805.02867).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from tp_plugin.loss.parts import Head, Transform
+
+NOTHING = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Which statistics a row needs besides maximum, sum of exponentials and target logit.
+
+    Attributes:
+        logit_sum: the sum of all logits, for label smoothing.
+        entropy: the entropy of the softmax.
+        gradient: ``gradient_`` will be called afterwards.
+    """
+
+    logit_sum: bool = False
+    entropy: bool = False
+    gradient: bool = True
+
+    @property
+    def width(self) -> int:
+        """Numbers a row."""
+        return 3 + self.logit_sum + self.entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStats:
+    """Statistics of whole rows, every rank's part merged; each [c] or None where not asked for."""
+
+    log_z: torch.Tensor
+    target: torch.Tensor
+    logit_sum: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """The gradient of a row, linear in what can be asked for: with softmax p, target y and entropy H
+
+    ``d_j = softmax * p_j - target * [j = y] - uniform + entropy * dH/dx_j``, each [c]; None is 0.
+    """
+
+    softmax: torch.Tensor
+    target: torch.Tensor
+    uniform: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Coefficients:
+        """Those of some rows."""
+        parts = (self.softmax, self.target, self.uniform, self.entropy)
+        softmax, target, uniform, entropy = (None if part is None else part[rows] for part in parts)
+        assert softmax is not None
+        assert target is not None
+        return Coefficients(softmax, target, uniform, entropy)
+
+
+class Block(Protocol):
+    """One block of logits; the two implementations are :class:`TorchBlock` and the Triton kernels."""
+
+    def statistics(self) -> torch.Tensor:
+        """This rank's ``[asked.width, c]`` to be gathered and merged by :func:`merge`."""
+
+    def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
+        """[c, b] gradient of the raw products up to ``transform.slope``, in the dtype of the hidden states.
+
+        Takes the place of the logits. ``statistics`` may have been called before or not.
+        """
+
+
+class TorchBlock:
+    """Any device and floating dtype.
+
+    Args:
+        logits: [c, b] of this rank, float32 or float64, given up to this block.
+        labels: [c] global ids.
+        valid: [c], False where a label does not count.
+        start: global id of the first column.
+        dtype: of the gradient.
+        transform: whose derivative the gradient carries; the logits have been through it.
+        asked: the statistics wanted.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        valid: torch.Tensor,
+        start: int,
+        dtype: torch.dtype,
+        transform: Transform,
+        asked: Asked,
+    ) -> None:
+        self.dtype, self.asked = dtype, asked
+        local, columns = labels - start, logits.shape[1]
+        self.mine = valid & (local >= 0) & (local < columns)
+        self.target = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
+        self.bend = transform.bend_(logits.clone()) if transform.tanh and asked.gradient else None
+        self.logits: torch.Tensor | None = logits
+        self.exps, self.shift = logits, labels  # set when the exponentials are made
+
+    @classmethod
+    def of_head(
+        cls, head: Head, hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, start: int, asked: Asked
+    ) -> TorchBlock:
+        """The logits of ``hidden`` [c, H] against the rows of ``head.weight``."""
+        logits = torch.mm(hidden, head.weight.t()).to(head.wide)
+        if head.bias is not None:
+            logits.add_(head.bias)
+        return cls(head.transform.apply_(logits), labels, valid, start, hidden.dtype, head.transform, asked)
+
+    @staticmethod
+    def bytes_per_logit(head: Head, asked: Asked) -> int:
+        """The buffer, the copy in half precision for the matrix product, the soft cap's derivative, the entropy's."""
+        wide, narrow = head.wide.itemsize, head.hidden.dtype.itemsize
+        return wide * (1 + head.transform.tanh + asked.entropy) + (narrow if narrow < wide else 0)
+
+    def _exponentials(self, shift: torch.Tensor) -> torch.Tensor:
+        assert self.logits is not None
+        self.shift, self.exps = shift, self.logits.sub_(shift.unsqueeze(1)).exp_()
+        self.logits = None
+        return self.exps
+
+    def statistics(self) -> torch.Tensor:
+        logits = self.logits
+        assert logits is not None
+        if logits.shape[1]:
+            top = logits.amax(1)
+            hit = torch.where(self.mine, logits.gather(1, self.target).squeeze(1), 0.0)
+        else:
+            top = logits.new_full((logits.shape[0],), NOTHING)
+            hit = torch.zeros_like(top)
+        logit_sum = [logits.sum(1)] if self.asked.logit_sum else []
+        # a shard of nothing but -inf (masked words) has the maximum -inf, and -inf - -inf is no number
+        exps = self._exponentials(torch.where(top == NOTHING, 0.0, top))
+        spread = [-torch.special.entr(exps).sum(1)] if self.asked.entropy else []
+        return torch.stack([top, exps.sum(1), hit, *logit_sum, *spread])
+
+    def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
+        d = self._exponentials(log_z) if self.logits is not None else self.exps
+        factor, share = by.softmax, (self.shift - log_z).clamp(max=0.0).exp()  # the clamp is for masked shards' shift
+        if by.entropy is None:
+            d.mul_((share * factor).unsqueeze(1))
+        else:  # dH/dx = -p (log p + H)
+            assert entropy is not None
+            d.mul_(share.unsqueeze(1))
+            bent = torch.special.entr(d).mul_(by.entropy.unsqueeze(1))
+            d.mul_((factor - by.entropy * entropy).unsqueeze(1)).add_(bent)
+        if by.uniform is not None:
+            d.sub_(by.uniform.unsqueeze(1))
+        if d.shape[1]:
+            hit = torch.where(self.mine, by.target, 0.0).unsqueeze(1)
+            d.scatter_(1, self.target, d.gather(1, self.target) - hit)
+        if self.bend is not None:
+            d.mul_(self.bend)
+        return d.to(self.dtype)
+
+
+def merge(parts: torch.Tensor, asked: Asked) -> RowStats:
+    """Whole rows from every rank's ``[ranks, asked.width, c]``."""
+    tops, sums, target = parts[:, 0], parts[:, 1], parts[:, 2].sum(0)
+    top = tops.amax(0)
+    factors = (tops - top).exp()
+    total = (sums * factors).sum(0)
+    entropy = None
+    if asked.entropy:  # sum of e (x - top) over all ranks, each rank's being relative to its own maximum
+        apart = torch.where(tops == NOTHING, 0.0, tops - top)
+        entropy = total.log() - (factors * (parts[:, -1] + apart * sums)).sum(0) / total
+    return RowStats(top + total.log(), target, parts[:, 3].sum(0) if asked.logit_sum else None, entropy)

@@ -1,0 +1,176 @@
+"""The rows' arithmetic as Triton kernels: logits stay in the dtype of the matrix product, and nothing else is kept.
+
+Two kernels, a program a row. The first reads the row once and leaves its statistics (online softmax, Milakov and
+Gimelshein, https://arxiv.org/abs/1805.02867); the second reads it again and writes the gradient in its place. The
+matrix products around them stay the vendor's.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from tp_plugin.loss.block import NOTHING, Asked, Coefficients
+from tp_plugin.loss.parts import Head, Transform
+
+INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, for tests
+
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, columns, mask, inner, outer, HAS_BIAS: tl.constexpr, TANH: tl.constexpr):
+    """Some logits of a row from the raw products, and the tanh in them."""
+    x = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    x *= inner
+    bent = x
+    if TANH:
+        bent = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        x = bent * outer
+    return tl.where(mask, x, float("-inf")), bent
+
+
+@triton.jit
+def statistics_kernel(
+    products_ptr, bias_ptr, labels_ptr, transform_ptr, out_ptr, row_stride, rows, width, start,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, LOGIT_SUM: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each row: maximum, sum of exponentials, target logit[, sum of logits][, sum of e * log e]; [k, rows]."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = products_ptr + row * row_stride
+    inner, outer = tl.load(transform_ptr), tl.load(transform_ptr + 1)
+    local = tl.load(labels_ptr + row) - start
+    top = float("-inf")
+    total, hit, plain, spread = 0.0, 0.0, 0.0, 0.0
+    for offset in range(0, width, BLOCK):
+        columns = offset + tl.arange(0, BLOCK)
+        mask = columns < width
+        x, _ = _logits(row_ptr, bias_ptr, columns, mask, inner, outer, HAS_BIAS, TANH)
+        highest = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        apart = tl.where(top == float("-inf"), 0.0, top - shift)
+        fade = tl.where(top == float("-inf"), 0.0, tl.exp(apart))
+        e = tl.exp(x - shift)
+        if ENTROPY:
+            logs = tl.where(e > 0.0, x - shift, 0.0)
+            spread = fade * (spread + apart * total) + tl.sum(e * logs, 0)
+        total = total * fade + tl.sum(e, 0)
+        hit += tl.sum(tl.where(mask & (columns == local), x, 0.0), 0)
+        if LOGIT_SUM:
+            plain += tl.sum(tl.where(mask, x, 0.0), 0)
+        top = highest
+    tl.store(out_ptr + row, top)
+    tl.store(out_ptr + rows + row, total)
+    tl.store(out_ptr + 2 * rows + row, hit)
+    if LOGIT_SUM:
+        tl.store(out_ptr + 3 * rows + row, plain)
+    if ENTROPY:
+        tl.store(out_ptr + (3 + LOGIT_SUM) * rows + row, spread)
+
+
+@triton.jit
+def gradient_kernel(
+    products_ptr, bias_ptr, labels_ptr, transform_ptr, log_z_ptr, softmax_ptr, target_ptr, uniform_ptr, entropy_ptr,
+    bent_ptr, row_stride, width, start,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, UNIFORM: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Products become their gradient up to the transform's slope; coefficients as in ``Coefficients``."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = products_ptr + row * row_stride
+    inner, outer = tl.load(transform_ptr), tl.load(transform_ptr + 1)
+    local = tl.load(labels_ptr + row) - start
+    log_z, by_softmax, by_target = tl.load(log_z_ptr + row), tl.load(softmax_ptr + row), tl.load(target_ptr + row)
+    for offset in range(0, width, BLOCK):
+        columns = offset + tl.arange(0, BLOCK)
+        mask = columns < width
+        x, bent = _logits(row_ptr, bias_ptr, columns, mask, inner, outer, HAS_BIAS, TANH)
+        p = tl.exp(x - log_z)
+        d = p * by_softmax
+        if ENTROPY:  # dH/dx = -p (log p + H)
+            logs = tl.where(p > 0.0, x - log_z, 0.0)
+            d -= p * (logs + tl.load(entropy_ptr + row)) * tl.load(bent_ptr + row)
+        if UNIFORM:
+            d -= tl.load(uniform_ptr + row)
+        d -= tl.where(columns == local, by_target, 0.0)
+        if TANH:
+            d *= 1.0 - bent * bent
+        tl.store(row_ptr + columns, d.to(products_ptr.dtype.element_ty), mask=mask)
+
+
+class TritonBlock:
+    """CUDA, float32 arithmetic on products kept in the dtype of the hidden states; see ``Block``."""
+
+    def __init__(
+        self,
+        products: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        valid: torch.Tensor,
+        start: int,
+        transform: Transform,
+        asked: Asked,
+    ) -> None:
+        """``products``: [c, b] contiguous, given up to this block. The rest as for ``TorchBlock``."""
+        self.products, self.bias, self.labels, self.valid = products, bias, labels, valid
+        self.start, self.tanh, self.asked = start, transform.tanh, asked
+        self.transform = torch.stack([_scalar(x, products.device) for x in (transform.inner, transform.outer)])
+
+    @classmethod
+    def of_head(
+        cls, head: Head, hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, start: int, asked: Asked
+    ) -> TritonBlock:
+        """The logits of ``hidden`` [c, H] against the rows of ``head.weight``."""
+        products = torch.mm(hidden, head.weight.t())
+        return cls(products, head.bias, labels, valid, start, head.transform, asked)
+
+    @staticmethod
+    def bytes_per_logit(head: Head, asked: Asked) -> int:
+        """The one buffer."""
+        return head.hidden.dtype.itemsize
+
+    def _launch(self) -> dict[str, int]:
+        block = min(4096, triton.next_power_of_2(max(16, self.products.shape[1])))
+        return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+
+    def statistics(self) -> torch.Tensor:
+        rows, width = self.products.shape
+        out = torch.empty(self.asked.width, rows, dtype=torch.float32, device=self.products.device)
+        labels = torch.where(self.valid, self.labels, -1)  # below every shard's words
+        if not width:
+            out.zero_()[0] = NOTHING
+        elif rows:
+            statistics_kernel[(rows,)](
+                self.products, _or(self.bias, out), labels, self.transform, out, self.products.stride(0), rows, width,
+                self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, LOGIT_SUM=self.asked.logit_sum,
+                ENTROPY=self.asked.entropy, **self._launch(),
+            )  # fmt: skip
+        return out
+
+    def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
+        rows, width = self.products.shape
+        labels = torch.where(self.valid, self.labels, -1)
+        if rows and width:
+            coefficients = (x if x is None else x.contiguous() for x in (by.uniform, entropy, by.entropy))
+            uniform, level, bent = (_or(x, log_z) for x in coefficients)
+            gradient_kernel[(rows,)](
+                self.products, _or(self.bias, log_z), labels, self.transform, log_z.contiguous(),
+                by.softmax.contiguous(), by.target.contiguous(), uniform, level, bent, self.products.stride(0), width,
+                self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, UNIFORM=by.uniform is not None,
+                ENTROPY=by.entropy is not None, **self._launch(),
+            )  # fmt: skip
+        return self.products
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """A pointer that is never read needs a tensor all the same."""
+    return other if tensor is None else tensor
+
+
+def _scalar(x: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """0-dim float32 on ``device``, filled there: copying a number from the host would wait for the device."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device=device, dtype=torch.float32)
+    return torch.full((), x, dtype=torch.float32, device=device)

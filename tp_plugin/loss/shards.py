@@ -1,0 +1,187 @@
+"""Functions of logits that exist already, sharded over the vocabulary: ``logits`` are this rank's ``[..., v]``.
+
+All are collective calls over ``group`` and differentiable where their result is; only statistics of a few numbers a
+row travel, never ``[..., V]``. ``group``, ``vocab_size`` and ``vocab`` mean what they mean for
+:func:`~tp_plugin.loss.linear_cross_entropy`; here the shards' sizes are exchanged in each call unless ``vocab`` is
+given (logits are a new tensor each time). Every rank's gradient of ``logits`` is that of its own shard; what a function
+returns is equal on all ranks except where it says "shard", and so must be the gradient that comes back to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.loss.checks import check_labels, rows_problem, vocab_of
+from tp_plugin.loss.parts import Options
+from tp_plugin.loss.reference import Stats
+from tp_plugin.loss.shard_nodes import Rows, Softmax, TopKOfShards
+from tp_plugin.loss.vocab import VocabShard
+
+Group = dist.ProcessGroup | None
+
+
+class TopK(NamedTuple):
+    """``values`` and global ``indices``, [..., k] each."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    vocab: VocabShard | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: torch.Tensor | None = None,
+    num_items: int | float | torch.Tensor | None = None,
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+    """The loss of :func:`~tp_plugin.loss.linear_cross_entropy` for existing logits. One all-gather; none backward.
+
+    Beside the gradient it keeps and makes nothing of the size of the logits.
+
+    Args:
+        logits: [..., v] floating, this rank's words. Not changed.
+        labels: [...] int64 global ids, equal on all ranks.
+
+    Returns:
+        As ``linear_cross_entropy``: float32, or float64 for float64 logits.
+
+    Raises:
+        TensorParallelError: what does not fit together; labels that are not words.
+    """
+    options = Options(reduction, ignore_index, label_smoothing, z_loss)
+    problem = rows_problem(tuple(logits.shape[:-1]), labels, token_weights, "logits")
+    if num_items is not None and reduction == "none":
+        problem = "num_items divides a sum, and reduction='none' makes none; leave one of them out."
+    vocab = _vocab(logits, group, vocab_size, vocab, problem)
+    flat = labels.reshape(-1)
+    check_labels(flat, flat.shape[0], vocab, ignore_index)
+    losses, stats = _token_losses(logits, labels, vocab, options)
+    if token_weights is not None:
+        losses = losses * token_weights
+    if reduction == "none":
+        return (losses, stats) if return_stats else losses
+    loss = losses.sum()
+    if num_items is not None:
+        loss = loss / num_items
+    elif reduction == "mean":
+        loss = loss / (labels != ignore_index).sum()
+    return (loss, stats) if return_stats else loss
+
+
+def logprobs_of(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    vocab: VocabShard | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Log-probability of each label, [...]; 0 where it is ``ignore_index``. One all-gather."""
+    return _stats(logits, labels, group, vocab_size, vocab, ignore_index).logprobs
+
+
+def entropy(
+    logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
+) -> torch.Tensor:
+    """Entropy of each row's softmax, [...], in nats. One all-gather."""
+    return _stats(logits, None, group, vocab_size, vocab).entropy
+
+
+def parallel_log_softmax(
+    logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
+) -> torch.Tensor:
+    """This rank's shard [..., v] of the log-softmax, in the dtype of the logits. One all-gather, one reduction back."""
+    return Softmax.apply(logits, _vocab(logits, group, vocab_size, vocab), True)
+
+
+def parallel_softmax(
+    logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
+) -> torch.Tensor:
+    """This rank's shard [..., v] of the softmax, in the dtype of the logits. One all-gather, one all-reduce back."""
+    return Softmax.apply(logits, _vocab(logits, group, vocab_size, vocab), False)
+
+
+def argmax(
+    logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
+) -> torch.Tensor:
+    """Global id of each row's largest logit, [...] int64; of equal ones the lowest. One all-gather."""
+    return topk(logits.detach(), 1, group=group, vocab_size=vocab_size, vocab=vocab).indices.squeeze(-1)
+
+
+def topk(
+    logits: torch.Tensor,
+    k: int,
+    *,
+    group: Group = None,
+    vocab_size: int | None = None,
+    vocab: VocabShard | None = None,
+) -> TopK:
+    """The ``k`` largest logits of each row and their global ids, largest first. One all-gather of ``2 k`` a row.
+
+    Raises:
+        TensorParallelError: ``k`` outside [1, V].
+    """
+    vocab = _vocab(logits, group, vocab_size, vocab)
+    if not 1 <= k <= vocab.size:
+        raise TensorParallelError(f"k must lie in [1, {vocab.size}], the vocabulary, got {k}.")
+    values, ids = TopKOfShards.apply(logits, k, vocab)
+    return TopK(values, ids)
+
+
+def _vocab(
+    logits: torch.Tensor, group: Group, vocab_size: int | None, vocab: VocabShard | None, problem: str | None = None
+) -> VocabShard:
+    if problem is None and not (logits.is_floating_point() and logits.dim()):
+        problem = f"logits must be floating [..., v], got {tuple(logits.shape)} of {logits.dtype}."
+    if vocab is None:
+        return vocab_of(logits, logits.shape[-1] if logits.dim() else 0, group, vocab_size, problem)
+    if group is not None or vocab_size is not None:
+        problem = "vocab says what group and vocab_size say; give either."
+    elif problem is None and logits.shape[-1] != vocab.rows:
+        problem = f"this rank holds {vocab.rows} words, and logits have {logits.shape[-1]} columns."
+    if problem:
+        raise TensorParallelError(problem)
+    return vocab
+
+
+def _stats(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    group: Group,
+    vocab_size: int | None,
+    vocab: VocabShard | None,
+    ignore_index: int = -100,
+) -> Stats:
+    if labels is None:
+        labels = torch.full(logits.shape[:-1], ignore_index, device=logits.device)
+    vocab = _vocab(logits, group, vocab_size, vocab, rows_problem(tuple(logits.shape[:-1]), labels, None, "logits"))
+    flat = labels.reshape(-1)
+    check_labels(flat, flat.shape[0], vocab, ignore_index)
+    return _token_losses(logits, labels, vocab, Options("none", ignore_index))[1]
+
+
+def _token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, vocab: VocabShard, options: Options
+) -> tuple[torch.Tensor, Stats]:
+    """Statistics of each row from one Function; the losses follow from them by plain autograd."""
+    valid, smoothing = labels != options.ignore_index, options.label_smoothing
+    target, entropies, log_z, mean = Rows.apply(logits, labels, valid, vocab, smoothing > 0)
+    losses = log_z - (1 - smoothing) * target
+    if smoothing:
+        losses = losses - smoothing * mean
+    if options.z_loss:
+        losses = losses + options.z_loss * log_z.square()
+    return torch.where(valid, losses, 0.0), Stats(torch.where(valid, target - log_z, 0.0), entropies, log_z)

@@ -1,0 +1,126 @@
+"""Adding up the gradients of the head over blocks of logits."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+
+from tp_plugin.collectives import all_reduce_
+from tp_plugin.loss.parts import Head, HeadGrads, Wanted
+
+PURPOSE = "loss"  # under which the collectives are counted
+
+
+class RowSums:
+    """For chunks of whole rows: each gives its rows of the hidden gradient and adds to all of the weight gradient.
+
+    The weight gradient is float32 (float64) when there is more than one chunk. The hidden gradient's all-reduces are
+    under way until :meth:`finish`.
+    """
+
+    def __init__(self, head: Head, wanted: Wanted, single: bool, spare_bytes: int) -> None:
+        """``single``: one chunk is all there is. ``spare_bytes``: working memory of one product."""
+        self.head, self.wanted, self.spare_bytes = head, wanted, spare_bytes
+        self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
+        self.weight = self.bias = None
+        if wanted.weight and (head.hidden.shape[0] == 0 or not single):
+            self.weight = torch.zeros_like(head.weight, dtype=head.wide, memory_format=torch.contiguous_format)
+        if wanted.bias:
+            self.bias = torch.zeros(head.weight.shape[0], dtype=head.wide, device=head.hidden.device)
+        self.pending: list[dist.Work] = []
+
+    def add(self, rows: slice, d: torch.Tensor) -> None:
+        """Take in the gradient [c, v] of the raw products of ``rows``."""
+        if self.hidden is not None:
+            part = self.hidden[rows]
+            torch.mm(d, self.head.weight, out=part)
+            work = all_reduce_(part, self.head.vocab.group, purpose=PURPOSE, async_op=True)
+            if work is not None:
+                self.pending.append(work)
+        if self.wanted.weight:
+            if self.weight is None:
+                self.weight = torch.mm(d.t(), self.head.hidden[rows])
+            else:
+                add_product_(self.weight, d, self.head.hidden[rows], self.spare_bytes)
+        if self.bias is not None:
+            self.bias.add_(d.sum(0, dtype=self.bias.dtype))
+
+    def finish(self, scale: torch.Tensor) -> HeadGrads:
+        """Wait for what travels."""
+        for work in self.pending:
+            work.wait()
+        return HeadGrads(self.hidden, self.weight, self.bias, scale)
+
+
+class TileSums:
+    """For tiles of some rows and some columns, column after column: no accumulator as large as the weight.
+
+    A column's weight gradient is complete when its rows are through. The hidden gradient, float32 (float64), is
+    complete with the last column and reduced over the group once, in the dtype of the hidden states.
+    """
+
+    def __init__(self, head: Head, wanted: Wanted, spare_bytes: int) -> None:
+        self.head, self.wanted, self.spare_bytes = head, wanted, spare_bytes
+        device, wide = head.hidden.device, head.wide
+        self.hidden = torch.zeros(head.hidden.shape, dtype=wide, device=device) if wanted.hidden else None
+        self.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if wanted.weight else None
+        self.bias = torch.zeros(head.weight.shape[0], dtype=wide, device=device) if wanted.bias else None
+        self.column: torch.Tensor | None = None
+
+    def add(self, rows: slice, columns: slice, d: torch.Tensor) -> None:
+        """Take in the gradient [c, b] of the raw products of ``rows`` and ``columns``."""
+        head, every = self.head, rows.stop - rows.start == self.head.hidden.shape[0]
+        if self.hidden is not None:
+            add_product_(self.hidden[rows], d.t(), head.weight[columns], self.spare_bytes)
+        if self.weight is not None:
+            if every:
+                torch.mm(d.t(), head.hidden, out=self.weight[columns])
+            else:
+                if rows.start == 0:
+                    self.column = torch.zeros(d.shape[1], head.hidden.shape[1], dtype=head.wide, device=d.device)
+                assert self.column is not None
+                add_product_(self.column, d, head.hidden[rows], self.spare_bytes)
+                if rows.stop == head.hidden.shape[0]:
+                    self.weight[columns], self.column = self.column, None
+        if self.bias is not None:
+            self.bias[columns] += d.sum(0, dtype=self.bias.dtype)
+
+    def finish(self, scale: torch.Tensor) -> HeadGrads:
+        """Reduce the hidden gradient over the group."""
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = hidden.to(self.head.hidden.dtype)
+            all_reduce_(hidden, self.head.vocab.group, purpose=PURPOSE)
+        return HeadGrads(hidden, self.weight, self.bias, scale)
+
+
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, spare_bytes: int) -> None:
+    """``total += a.T @ b`` for a [k, m], b [k, n] of one dtype and a total [m, n] of that or a wider one.
+
+    Into a wider total the product comes a block of rows at a time, each at most ``spare_bytes`` (or one row): a whole
+    one would take half as much memory again as the total. Where the device can, it adds straight into the total.
+    """
+    if total.dtype == b.dtype:
+        total.addmm_(a.t(), b)
+    elif _adds_wider(total.device, b.dtype):
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, out=total)
+    else:
+        height = max(1, spare_bytes // max(1, b.shape[1] * b.dtype.itemsize))
+        for start in range(0, total.shape[0], height):
+            total[start : start + height].add_(torch.mm(a[:, start : start + height].t(), b))
+
+
+@functools.cache
+def _adds_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``torch.addmm`` adds a half-precision product into a float32 total here; tried out once a device."""
+    if device.type != "cuda":
+        return False
+    a, b = (torch.ones(16, 16, dtype=dtype, device=device) for _ in range(2))
+    total = torch.full((16, 16), 0.25, device=device)  # 16.25 has no place in bfloat16's 8 bits
+    try:
+        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((total == 16.25).all())
