@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 import transformers
 
+from tests.support import moe
+
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Granite")
 
 
 def make(family: str, *, heads: tuple[int, int] = (4, 2), tied: bool | None = None, seed: int = 0, **options):
     """A two-layer ``{family}ForCausalLM`` in fp32; sizes that no tp divides unless ``options`` say otherwise.
 
-    ``heads``: query and KV heads, of 8 dimensions each.
+    ``heads``: query and KV heads, of 8 dimensions each. ``experts``: how a mixture's experts are computed.
     """
     sizes = {
         "vocab_size": 131,
@@ -30,11 +32,16 @@ def make(family: str, *, heads: tuple[int, int] = (4, 2), tied: bool | None = No
         sizes |= {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}
     if family in ("Gemma2", "Gemma3"):
         sizes |= {"sliding_window": 8, "query_pre_attn_scalar": 8}
+    if family in moe.SIZES | moe.MORE:
+        sizes = moe.config_of(family, sizes)
     if tied is not None:
         sizes["tie_word_embeddings"] = tied
-    config_class = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    config_class = getattr(transformers, moe.CONFIGS.get(family, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"))
     torch.manual_seed(seed)
+    implementation = options.pop("experts", None)
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**sizes | options))
+    if implementation:
+        model.set_experts_implementation(implementation)
     return perturb(model, seed)
 
 

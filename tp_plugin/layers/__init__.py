@@ -2,6 +2,8 @@
 
 from tp_plugin.layers.each_head import EachHead
 from tp_plugin.layers.embedding import VocabParallelEmbedding
+from tp_plugin.layers.enter import count_once, enter_after
+from tp_plugin.layers.experts import ParallelExperts, sum_at_exit
 from tp_plugin.layers.head import VocabParallelHead
 from tp_plugin.layers.linear import ColumnParallel, ColumnParallelLinear, RowParallel, RowParallelLinear
 from tp_plugin.layers.local import set_local, slice_heads
@@ -13,14 +15,18 @@ __all__ = [
     "ColumnParallel",
     "ColumnParallelLinear",
     "EachHead",
+    "ParallelExperts",
     "Region",
     "RowParallel",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "WideRMSNorm",
+    "count_once",
+    "enter_after",
     "set_local",
     "slice_heads",
+    "sum_at_exit",
     "sum_partial_gradient",
     "sum_shared_gradient",
 ]

@@ -56,8 +56,11 @@ class DerivedRandomness:
 
 def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a forward now, of the model or of any block in it, would drop anything."""
-    if not model.training:
-        return False
+    return model.training and has_dropout(model)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a training forward, of the model or of any block in it, would drop anything."""
     return any(
         (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         or any(_is_rate(name, value) and value > 0 for name, value in vars(module).items())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_plugin.collectives import gather_from_region, reduce_from_region, split_to_region
+from tp_plugin.layers.partial import add_once
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 
@@ -63,10 +64,11 @@ class RowParallel(nn.Module):
     tp_mesh: ParallelMesh
     tp_layout: ShardLayout
     tp_split: bool  # the input comes replicated: take this rank's part of it first
+    tp_partial: bool  # the output stays partial: the block around sums it with others
 
-    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, *, split: bool = False) -> None:
+    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, *, split: bool = False, partial: bool = False) -> None:
         """Fields for a module whose class has just become this one and whose weight is a shard already."""
-        self.tp_mesh, self.tp_layout, self.tp_split = mesh, layout, split
+        self.tp_mesh, self.tp_layout, self.tp_split, self.tp_partial = mesh, layout, split, partial
         self._tp_resize(layout.local_size(mesh.tp_rank))
 
     def _tp_resize(self, features: int) -> None:
@@ -80,8 +82,10 @@ class RowParallel(nn.Module):
         if self.tp_split:
             sizes = [self.tp_layout.local_size(rank) for rank in range(self.tp_layout.ranks)]
             x = split_to_region(x, group, -1, sizes)
-        out = reduce_from_region(self._tp_product(x), group)
-        bias = self._parameters["bias"]
+        out, bias = self._tp_product(x), self._parameters["bias"]
+        if self.tp_partial:
+            return out if bias is None else out + add_once(bias, group).to(out.dtype)
+        out = reduce_from_region(out, group)
         return out if bias is None else out + bias.to(out.dtype)
 
     def extra_repr(self) -> str:

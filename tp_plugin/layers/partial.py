@@ -1,4 +1,4 @@
-"""Gradients that are only partial on each rank, summed before anybody else sees them.
+"""Gradients that are only partial on each rank, summed before anybody else sees them; summands of partial results.
 
 Two kinds of parameter have them: replicated ones that act on sharded tensors (Qwen3's q_norm and k_norm on this rank's
 heads), and the part of a shard that other ranks hold too (KV heads when there are fewer than ranks). The sum is made in
@@ -8,9 +8,10 @@ a gradient hook, which fires before the gradient is accumulated, so ZeRO never r
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.collectives import all_reduce_
+from tp_plugin.collectives import all_reduce_, rank_in
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 
@@ -60,3 +61,22 @@ def sum_shared_gradient(param: nn.Parameter, layout: ShardLayout, mesh: Parallel
         return grad
 
     param.register_hook(total)
+
+
+class _AddOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, first):
+        return x.view_as(x) if first else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def add_once(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A replicated summand of a partial result: itself on the group's first rank, zeros on the others. Any shape.
+
+    Backward is the identity on every rank: what it is added to is summed over the group, so the gradient that arrives
+    is already whole.
+    """
+    return x if group is None else _AddOnce.apply(x, rank_in(group) == 0)

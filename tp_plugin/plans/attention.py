@@ -57,9 +57,10 @@ class Attention:
         self.roles = {name: role_of(name, rule) for name, rule in columns.items()}
         self.head_dim = self._head_dim()
         width = in_features(modules[row])
-        self.queries = width // self.head_dim if self.head_dim else 0
+        self.value_dim = self._value_dim()
+        self.queries = width // self.value_dim if self.value_dim else 0
         counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kvs}
-        if not self.queries or self.queries * self.head_dim != width or len(counts) != 1 or counts & {None, 0}:
+        if not self.queries or self.queries * self.value_dim != width or len(counts) != 1 or counts & {None, 0}:
             raise TensorParallelError(self._puzzle())
         self.kvs: int = int(counts.pop() or 0)
         fits = [PACKINGS[role].fits for role in self.roles.values() if role]
@@ -73,8 +74,16 @@ class Attention:
         found = (getattr(parent, name, None) for parent in parents for name in HEAD_DIM)
         return given.pop() if given else next((size for size in found if isinstance(size, int) and size > 0), 0)
 
+    def _value_dim(self) -> int:
+        """Size of a head's values, where the attention says that it is not that of its keys."""
+        parents = {name.rpartition(".")[0] for name in self.columns}
+        separate = "value" in self.roles.values()
+        found = (getattr(self.modules[parent], "v_head_dim", None) for parent in parents if separate)
+        return next((size for size in found if isinstance(size, int) and size > 0), self.head_dim)
+
     def _kvs(self, name: str) -> int | None:
-        heads, rest = divmod(out_features(self.modules[name]), self.head_dim or 1)
+        size = self.value_dim if self.roles[name] == "value" else self.head_dim
+        heads, rest = divmod(out_features(self.modules[name]), size or 1)
         kvs = PACKINGS[self.roles[name]].kvs
         found = kvs(heads, self.queries) if kvs is not None and not rest else 0
         return int(found) if found == int(found) and found > 0 else None
@@ -102,7 +111,7 @@ class Attention:
     def placed_row(self, rule: Rule) -> Placement:
         """The row takes what the queries' heads give."""
         module = self.modules[self.row]
-        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.head_dim)
+        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.value_dim)
         return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
 
     def follower(self, name: str, rule: Rule) -> Placement:

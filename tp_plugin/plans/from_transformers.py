@@ -12,7 +12,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.plan import Rule
 
-DENSE_STYLES = {
+STYLES = {
     "colwise": p.COLUMN,
     "rowwise": p.ROW,
     "colwise_gather_output": p.COLUMN_GATHER,
@@ -27,8 +27,12 @@ DENSE_STYLES = {
     "sequence_parallel": p.REPLICATED,
     "replicate": p.REPLICATED,
     "local_params": p.REPLICATED,  # of the owner of bare parameters, each of which has an entry of its own
+    "moe_tp_experts": p.EXPERTS,
+    "moe_identity_expert": p.FIRST,
+    "mla_kv_a_proj": p.LATENT,
+    "all_reduce": p.REPLICATED,  # of a block whose parameters have entries of their own; the name of no layer of ours
 }
-"""Styles of dense models. The others (experts, MLA, whole-block reductions) are refused by name."""
+"""What each of their styles is called here."""
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -43,12 +47,12 @@ def rules_of(model: nn.Module) -> list[Rule]:
     vectors = [name for name, param in model.named_parameters(remove_duplicate=False) if param.dim() == 1]
     rules = []
     for pattern, style in found.items():
-        if style not in DENSE_STYLES:
+        if style not in STYLES:
             raise TensorParallelError(
-                f"{type(model).__name__}: the HF plan shards {pattern!r} in style {style!r}, which is not supported "
-                "yet; give a rule of your own for it in the 'plan' of the tp_plugin block, or use tp_size 1."
+                f"{type(model).__name__}: the HF plan shards {pattern!r} in style {style!r}, which is unknown; "
+                "give a rule of your own for it in the 'plan' of the tp_plugin block, or use tp_size 1."
             )
-        rule = Rule(pattern, DENSE_STYLES[style], "HF plan", blocks=2 if style.startswith("packed") else 1)
+        rule = Rule(pattern, STYLES[style], "HF plan", blocks=2 if style.startswith("packed") else 1)
         if style == "colwise" and any(map(rule.matches, vectors)):  # an attention's sinks
             rule = Rule(pattern, p.PER_HEAD, "HF plan", role="query")
         rules.append(rule)

@@ -29,6 +29,16 @@ PER_HEAD = "per_head"
 """A parameter (the pattern names it, not its module) with an entry for each head, cut like the heads."""
 ALIAS = "alias"
 """A second name (the pattern names the parameter) of a parameter that another module shards and uses."""
+EXPERTS = "experts"
+"""Fused experts ``[experts, ...]``: every expert's intermediate width is sharded, the routing weights are replicated."""
+SUM = "sum"
+"""A block whose result is linear in its experts' and its shared experts': their partial results are summed as one."""
+ENTER = "enter"
+"""Replicated; its output scales partial results, so the gradient of the output is summed over the TP group."""
+LATENT = "latent"
+"""Replicated; the last ``qk_rope_head_dim`` of its outputs are a key that all heads share: as ``enter`` for those."""
+FIRST = "first"
+"""Without parameters, and its output is part of a partial result: the group's first rank counts it for all."""
 PARTIAL = "partial"
 """Replicated, but acting on sharded tensors: its gradient is summed over the TP group."""
 REPLICATED = "replicated"
@@ -36,7 +46,7 @@ REPLICATED = "replicated"
 
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
-    *(WIDE_NORM, EACH_HEAD, PER_HEAD, ALIAS, PARTIAL, REPLICATED),
+    *(WIDE_NORM, EACH_HEAD, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, FIRST, PARTIAL, REPLICATED),
 )
 
 QUERY_HEADS, KV_HEADS, GROUPS = "query heads", "kv heads", "query heads a kv head"
@@ -118,6 +128,7 @@ class Placement:
             in order, some more than once; None where it is simply what the shard gives. For style ``each_head``, which
             heads of the whole a rank sees.
         equivalent: the module's class may be replaced outright.
+        tail: how many of the last outputs of a latent projection enter by themselves; None elsewhere.
     """
 
     name: str
@@ -126,6 +137,7 @@ class Placement:
     layouts: Mapping[str, ShardLayout] = dataclasses.field(default_factory=dict)
     outputs: tuple[tuple[int, ...], ...] | None = None
     equivalent: bool = False
+    tail: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +189,25 @@ class RegionPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixturePlan:
+    """One mixture of experts.
+
+    Attributes:
+        block: name of the module that holds router, experts and shared experts.
+        experts: full name of the fused experts.
+        shared: modules that are shared experts and nothing else: they come in through the experts' door.
+        rows: those of the shared experts.
+        summed: whether experts and rows leave their results partial, to be summed together where the block ends.
+    """
+
+    block: str
+    experts: str
+    shared: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    summed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A whole model's sharding over ``tp_size`` ranks, complete before anything is touched.
 
@@ -186,6 +217,7 @@ class Plan:
         regions: column and row modules that belong together.
         replicated: names of the parameters every rank holds whole.
         unused: rules of HF's plan that hit nothing in this model.
+        mixtures: experts, and the shared experts beside them, which are in no region of their own then.
     """
 
     tp_size: int
@@ -193,6 +225,7 @@ class Plan:
     regions: tuple[RegionPlan, ...]
     replicated: tuple[str, ...]
     unused: tuple[Rule, ...] = ()
+    mixtures: tuple[MixturePlan, ...] = ()
 
     def names(self, *styles: str) -> list[str]:
         """Modules placed by any of these styles, in model order."""

@@ -16,6 +16,8 @@ from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import checks
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.attention import Attention, is_attention
+from tp_plugin.plans.experts import check_implementation, join_mixtures, place_experts
+from tp_plugin.plans.latent import LatentAttention, is_latent, shared_key
 from tp_plugin.plans.match import Modules, by_region, match, vocabulary
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import rules_for
@@ -45,6 +47,10 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
         found, region = _place_region(block, members, modules, tp_size)
         placements |= found
         regions += [region] if region else []
+    experts = [name for name, rule in matched.items() if rule.style == p.EXPERTS]
+    implementation = check_implementation(model) if experts else None
+    for name in experts:
+        placements[name] = place_experts(name, modules[name], matched[name], tp_size, implementation)
     placements = {name: placements[name] for name in modules if name in placements}
     if not any(placement.layouts for placement in placements.values()):
         raise TensorParallelError(
@@ -54,7 +60,8 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
     whole = _replicated(model, modules, placements)
     checks.require_tied_alike(modules, placements, matched)
     checks.require_nothing_forgotten(regions, placements, matched, whole)
-    return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused))
+    mixtures, regions = join_mixtures(experts, regions, matched, modules)
+    return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused), tuple(mixtures))
 
 
 def _place_region(
@@ -65,8 +72,10 @@ def _place_region(
     rows = {name: rule for name, rule in members.items() if rule.style == p.ROW}
     followers = {name: rule for name, rule in members.items() if rule.style in FOLLOWERS}
     for name, rule in members.items():
-        if rule.style == p.PARTIAL:
+        if rule.style in (p.PARTIAL, p.ENTER, p.FIRST):
             placed[name] = Placement(name, rule.style, rule.source)
+        elif rule.style == p.LATENT:
+            placed[name] = Placement(name, rule.style, rule.source, tail=shared_key(name, modules))
         elif rule.style in (p.VOCAB_EMBEDDING, p.VOCAB_HEAD, p.COLUMN_GATHER, p.ROW_SPLIT):
             placed[name] = _alone(name, rule, modules[name], tp)
     if not columns and not rows and not followers:
@@ -80,8 +89,8 @@ def _place_region(
     for name in (*columns, *rows):
         checks.require_linear(name, modules[name], members[name])
     (row,) = rows
-    if is_attention(columns):
-        heads = Attention(block, columns, row, modules, tp)
+    if is_latent(columns) or is_attention(columns):
+        heads = (LatentAttention if is_latent(columns) else Attention)(block, columns, row, modules, tp)
         placed |= {name: heads.column(name, rule) for name, rule in columns.items()}
         placed[row] = heads.placed_row(rows[row])
         for name, rule in followers.items():

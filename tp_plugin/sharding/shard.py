@@ -11,14 +11,18 @@ from tp_plugin.layers import (
     ColumnParallel,
     ColumnParallelLinear,
     EachHead,
+    ParallelExperts,
     Region,
     RowParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
     WideRMSNorm,
+    count_once,
+    enter_after,
     set_local,
     slice_heads,
+    sum_at_exit,
     sum_partial_gradient,
     sum_shared_gradient,
 )
@@ -28,6 +32,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
+from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
@@ -37,6 +42,7 @@ _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
     p.COLUMN_GATHER: ColumnParallelLinear,
     p.ROW: RowParallelLinear,
     p.ROW_SPLIT: RowParallelLinear,
+    p.EXPERTS: ParallelExperts,
     p.VOCAB_EMBEDDING: VocabParallelEmbedding,
     p.VOCAB_HEAD: VocabParallelHead,
     p.WIDE_NORM: WideRMSNorm,
@@ -79,6 +85,8 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     _swap(model, plan, mesh, config)
     _sum_partial(model, plan, mesh)
     _guard(model, mesh, config)
+    if plan.mixtures:
+        _guard_experts(model)
     sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
     record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
     setattr(model, ATTRIBUTE, record)
@@ -129,12 +137,17 @@ def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLay
 
 
 def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+    partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
     for name, placement in plan.placements.items():
         module = model.get_submodule(name)
+        if placement.style in (p.ENTER, p.LATENT):
+            enter_after(module, mesh, placement.tail)
+        if placement.style == p.FIRST:
+            count_once(module, mesh)
         if placement.style not in _CLASS_OF_STYLE:
             continue
         module.__class__ = _class_for(module, placement)
-        _set_up(module, placement, mesh, config)
+        _set_up(module, placement, mesh, config, partial=name in partial)
     for region in plan.regions:
         block = model.get_submodule(region.block)
         door = Region(mesh, block)
@@ -145,6 +158,14 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
             set_local(model.get_submodule(one.module), one.attribute, one.values[mesh.tp_rank])
         for given in region.inputs:
             slice_heads(model.get_submodule(given.module), given.argument, given.heads, given.held[mesh.tp_rank])
+    for mixture in plan.mixtures:
+        block = model.get_submodule(mixture.block)
+        door = Region(mesh, block, derive_randomness=False)
+        door.admit_experts(model.get_submodule(mixture.experts))
+        for name in mixture.shared:
+            door.admit(model.get_submodule(name))
+        if mixture.summed:
+            sum_at_exit(block, mesh)
     blocks: dict[str, Region] = {}
     for name in plan.names(p.COLUMN_GATHER):
         parent = name.rpartition(".")[0]
@@ -153,7 +174,13 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         blocks[parent].admit(model.get_submodule(name))
 
 
-def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+def _set_up(
+    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, *, partial: bool
+) -> None:
+    if isinstance(module, ParallelExperts):
+        once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
+        module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
+        return
     outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
     if isinstance(module, EachHead):
         module.tp_setup(outputs or ())
@@ -162,7 +189,7 @@ def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config:
     if isinstance(module, ColumnParallel):
         module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
     elif isinstance(module, RowParallel):
-        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT)
+        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
     elif isinstance(module, VocabParallelHead):
         module.tp_setup(mesh, layout, config.loss_workspace_mib << 20 or None)
     elif isinstance(module, VocabParallelEmbedding):
@@ -172,7 +199,10 @@ def _set_up(module: nn.Module, placement: Placement, mesh: ParallelMesh, config:
 
 
 def _class_for(module: nn.Module, placement: Placement) -> type:
-    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it."""
+    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it.
+
+    Experts keep the forward of their class and have ours before it.
+    """
     original, sharded = type(module), _CLASS_OF_STYLE[placement.style]
     if is_conv1d(module):
         from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
@@ -182,7 +212,8 @@ def _class_for(module: nn.Module, placement: Placement) -> type:
         return sharded
     key = original, sharded
     if key not in _MADE:
-        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", (original, sharded), {})
+        bases = (sharded, original) if sharded is ParallelExperts else (original, sharded)
+        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", bases, {})
     return _MADE[key]
 
 
@@ -228,3 +259,27 @@ def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -
 
     if hasattr(model, "resize_token_embeddings"):
         model.resize_token_embeddings = refuse  # type: ignore[assignment]
+
+
+def _guard_experts(model: nn.Module) -> None:
+    """No late change to a way of computing experts that does not know of shards."""
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise TensorParallelError(
+            "kernels of the hub replace whole mixtures of experts, and this model's are sharded; build it with "
+            "use_kernels=False."
+        )
+
+    def choose(implementation: object) -> None:
+        before = model.get_experts_implementation()  # type: ignore[operator]
+        type(model).set_experts_implementation(model, implementation)  # type: ignore[attr-defined]
+        try:
+            check_implementation(model)
+        except TensorParallelError:
+            type(model).set_experts_implementation(model, before)  # type: ignore[attr-defined]
+            raise
+
+    if hasattr(model, "set_use_kernels"):
+        model.set_use_kernels = refuse  # type: ignore[assignment]
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation = choose  # type: ignore[assignment]

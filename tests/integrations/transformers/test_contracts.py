@@ -1,11 +1,14 @@
 """What we rely on in HF Trainer. A failure here says what moved upstream and which file of ours uses it."""
 
+import inspect
+import re
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import moe
 from transformers.integrations import deepspeed as trainer_side
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
@@ -67,3 +70,27 @@ def test_saving_goes_through_our_state_dict():
 def test_training_calls_tp_model_init_by_the_name_we_replace():
     why = "transformers/record.py keeps it from recording the degree for the whole process"
     assert_source_has(trainer_side.deepspeed_init, "deepspeed.tp_model_init( model=model,", why)
+
+
+@pytest.mark.parametrize("way", [moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward])
+def test_experts_are_computed_from_their_parameters_alone(way):
+    """Of a module whose parameters are shards, an implementation may read nothing that tells their full width."""
+    read = set(re.findall(r"self\.(\w+)", inspect.getsource(way)))
+    parameters = {f"{name}{bias}" for name in ("gate_up_proj", "up_proj", "down_proj") for bias in ("", "_bias")}
+    flags = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"}
+    known = parameters | flags | {"num_experts", "act_fn", "_apply_gate", "post_expert_norm"}
+    assert read <= known, f"transformers.integrations.moe.{way.__name__} reads {read - known}: see plans/experts.py"
+
+
+def test_the_implementations_of_experts_are_those_we_know():
+    known = {"deepgemm", "batched_mm", "grouped_mm", "sonicmoe"}
+    assert set(moe.ALL_EXPERTS_FUNCTIONS.keys()) == known, "plans/experts.py says which of them work with shards"
+
+
+def test_an_experts_module_notes_how_its_gate_and_up_projections_lie():
+    why = "plans/experts.py reads it to tell [gate|up] from interleaved ones"
+    source = " ".join(inspect.getsource(moe.use_experts_implementation).split())
+    for name in ("is_concatenated", "has_post_expert_norm"):
+        assert f"self.{name} = {name}" in source, f"transformers no longer sets {name} on experts: {why}"
+    for name in ("get_experts_implementation", "set_experts_implementation", "set_use_kernels", "use_kernels"):
+        assert hasattr(PreTrainedModel, name), f"transformers has no {name}: sharding/shard.py watches it"

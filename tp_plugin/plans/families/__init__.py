@@ -1,5 +1,5 @@
 """Families whose layout is peculiar or that have no plan of HF's, each a small table of rules."""
 
-from tp_plugin.plans.families import decoders, encoders, packed
+from tp_plugin.plans.families import decoders, encoders, moe, packed
 
-__all__ = ["decoders", "encoders", "packed"]
+__all__ = ["decoders", "encoders", "moe", "packed"]

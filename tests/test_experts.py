@@ -1,0 +1,70 @@
+"""Mixtures of experts and latent attention against one unsharded process, through DeepSpeed's slot.
+
+As in ``test_parity.py``: one launch of ranks trains many configurations, each a test of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.support.moe import MORE, SIZES
+from tests.support.ranks import on_ranks
+from tests.test_families import parameters
+from tests.test_parity import LIMITS, run_cases
+
+FEW = ("Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "Glm4Moe")
+WAYS = [{"family": "Qwen2Moe", "stage": 1, "experts": way} for way in ("eager", "batched_mm")] + [
+    {"family": "GptOss", "stage": 1, "experts": way} for way in ("eager", "batched_mm")
+]
+PECULIAR = [
+    {"family": "DeepseekV2", "stage": 1, "q_lora_rank": None},  # queries without a latent
+    {"family": "DeepseekV3", "stage": 1, "attention_bias": True, "heads": (3, 3)},  # heads dealt unevenly
+    {"family": "GptOss", "stage": 1, "heads": (6, 3)},  # sinks follow the queries; a key head on both ranks
+    {"family": "Mixtral", "stage": 1, "intermediate_size": 27, "experts": "eager"},  # widths dealt unevenly
+    {"family": "GptOss", "stage": 1, "intermediate_size": 27, "experts": "eager"},
+    {"family": "Qwen2Moe", "stage": 1, "checkpointing": False},
+    {"family": "DeepseekV3", "stage": 3, "checkpointing": True},
+    {"family": "Qwen3Moe", "stage": 2, "offload": True},
+]
+FAST: dict[tuple[int, int], list[dict]] = {
+    (2, 2): [{"family": name, "stage": 1} for name in SIZES | MORE] + [{"family": name, "stage": 3} for name in FEW] + PECULIAR
+    + WAYS,
+    (4, 2): [{"family": name, "stage": 2} for name in FEW],
+    (4, 4): [{"family": name, "stage": 1, "heads": (8, 4)} for name in FEW],
+}  # fmt: skip
+SLOW: dict[tuple[int, int], list[dict]] = {
+    (world, tp): [
+        case
+        for stage in (0, 1, 2, 3)
+        for name in SIZES | MORE
+        for case in ({"family": name, "stage": stage, **({"heads": (8, 4)} if tp == 4 else {})},)
+        if case not in FAST[world, tp]
+    ]
+    for world, tp in FAST
+}
+
+
+@functools.cache
+def launched(world: int, tp: int, slow: bool) -> list[list[dict[str, float] | str]]:
+    return on_ranks(world, run_cases, tp, (SLOW if slow else FAST)[world, tp], timeout_s=1800 if slow else 900)
+
+
+def check(world: int, tp: int, index: int, slow: bool) -> None:
+    for rank, results in enumerate(launched(world, tp, slow)):
+        errors = results[index]
+        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
+        above = {name: value for name, value in errors.items() if not value <= LIMITS[name]}
+        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
+
+
+@pytest.mark.parametrize(("world", "tp", "index"), parameters(FAST))
+def test_equals_one_process(world, tp, index):
+    check(world, tp, index, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "tp", "index"), parameters(SLOW))
+def test_equals_one_process_everywhere(world, tp, index):
+    check(world, tp, index, slow=True)
