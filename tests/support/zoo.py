@@ -137,6 +137,8 @@ def build(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     else:
         config = getattr(hf, config_class)(**SPECIAL | sizes | labels | options)
     model = getattr(hf, model_class)(config)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.linspace(-0.5, 0.5, V))
     return perturb(model, seed)
 
 
