@@ -198,7 +198,7 @@ def _rest(
         sizes = {size for _, param in own for size in param.shape}
         if norm and len(sizes) == 1 and (size := sizes.pop()) not in inner:
             style = known.get(size, p.REPLICATED) if name.rpartition(".")[0] in _parents(rules) else p.REPLICATED
-        elif norm and _is_outer(name.rpartition(".")[2], _beside(name, rules)):
+        elif norm and known and _is_outer(name.rpartition(".")[2], _beside(name, rules)):
             style = p.REPLICATED  # as wide as the block's input, and by its name not a projection's
         elif not known and len(sizes) and not sizes & (inner | {1}) and not _beside(name, rules):
             style = p.REPLICATED  # an attention beside an MLP

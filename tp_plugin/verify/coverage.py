@@ -46,6 +46,7 @@ class Row:
         measured_on: "default config" or "small copy": what the next five are of.
         parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`.
         unreached: placed modules that the copy's inputs did not reach.
+        precision: of the comparison.
         note: why it was not measured on the default config.
         versions: of the libraries it was found with.
         date: when.
@@ -67,6 +68,7 @@ class Row:
     source: str = ""
     replicated: dict[str, float] = dataclasses.field(default_factory=dict)
     unreached: list[str] = dataclasses.field(default_factory=list)
+    precision: str = ""
     note: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     date: str = ""
@@ -143,7 +145,7 @@ def _on_this_rank(model_type: str, kind: str, class_name: str, tp: int) -> dict[
     model_class = class_named(class_name)
     config = config_for(model_class, AutoConfig.for_model(model_type))
     found, options = examined(model_class, config, options, ParallelMesh.create(tp))
-    row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached")}
+    row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached", "precision")}
     row |= {"fraction": found.fraction, "measured_on": "small copy"}
     if dist.get_rank() == 0:
         try:

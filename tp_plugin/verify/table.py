@@ -63,6 +63,8 @@ def _remarks(row: Row) -> str:
     if row.unreached:
         shown = ", ".join(f"`{name}`" for name in row.unreached[:3]) + (" ..." if len(row.unreached) > 3 else "")
         said += [f"not reached by the inputs: {shown}"]
+    if row.precision == "float64":
+        said += ["compared in float64, float32 amplifies rounding beyond the limits"]
     if row.note:
         said += [_cell(row.note)]
     return "; ".join(said)
