@@ -8,8 +8,8 @@ import deepspeed
 import pytest
 import torch
 from transformers import PreTrainedModel, Trainer
-from transformers.integrations import moe
 from transformers.integrations import deepspeed as trainer_side
+from transformers.integrations import moe
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.transformers import _PARTS, record, tokens
