@@ -75,7 +75,7 @@ def test_grouped_mm_gets_rows_of_whole_16_bytes(width, tp, held):
 
 
 def test_widths_that_cannot_be_aligned_are_refused():
-    with pytest.raises(TensorParallelError, match="at most 2 or call model.set_experts_implementation"):
+    with pytest.raises(TensorParallelError, match=r"at most 2 or call model\.set_experts_implementation"):
         place_experts("experts", experts_of("mixtral", 8).float(), RULE, 4, "grouped_mm")
 
 

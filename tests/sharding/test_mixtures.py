@@ -173,7 +173,17 @@ def late_change():
     return model.get_experts_implementation()[""], refusals
 
 
-RUN = ("mixtral", "qwen2_moe", "deepseek_v3", "router_logits", "balance", "exports", "generation", "cache", "late_change")
+RUN = (
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v3",
+    "router_logits",
+    "balance",
+    "exports",
+    "generation",
+    "cache",
+    "late_change",
+)
 REFUSED = {
     "too_narrow": r"model.layers.0.mlp.experts.* 1, fewer than the 2 ranks; choose .*autotp_size at most 1",
     "not_aligned": r"width of 4, of which 2 ranks cannot .*autotp_size at most 1 or call .*'eager'",
