@@ -1,8 +1,8 @@
 """How the fused weights of a mixture of experts lie: every expert's intermediate width is dealt to the ranks.
 
-The weights are ``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``, or both with their last two dimensions
-exchanged; the first holds ``[gate|up]`` or, interleaved, gate and up in turn, or only an up projection. Which of them it
-is can be told from the shapes and from what transformers notes on the module (``is_concatenated``).
+The weights are ``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``, or both with their last two
+dimensions exchanged; the first holds ``[gate|up]`` or, interleaved, gate and up in turn, or only an up projection.
+Which of them it is can be told from the shapes and from what transformers notes on the module (``is_concatenated``).
 """
 
 from __future__ import annotations
