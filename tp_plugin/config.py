@@ -12,6 +12,7 @@ from typing import Any
 
 from tp_plugin.errors import TensorParallelError
 
+INFER = ("checked", "trusted", "off")
 BLOCK = "tp_plugin"  # our top-level block of the DeepSpeed config
 
 
@@ -26,6 +27,9 @@ class TensorParallelConfig:
         tp_size: ranks a tensor is sharded over; neighbours in rank order form a group. 1 shards nothing.
         plan: extra rules, module-name pattern -> style, that go before every other source of the plan.
             Patterns are matched against full module names; ``*`` stands for one dotted part.
+        infer: what becomes of blocks that neither rules nor HF's plan speak of. "checked": rules are read off their
+            modules and shapes, and tried on a small copy of the model before its weights are touched. "trusted":
+            the same without the trial. "off": they stay replicated.
         check_batch_every: every how many training forwards the ranks of a TP group compare their inputs
             (one small all-gather). 0 never compares. The first forward is always compared unless 0.
         broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
@@ -37,6 +41,7 @@ class TensorParallelConfig:
 
     tp_size: int = 1
     plan: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    infer: str = "checked"
     check_batch_every: int = 100
     broadcast_batch: bool = False
     loss_workspace_mib: int = 0
@@ -52,6 +57,11 @@ class TensorParallelConfig:
                 )
         if self.tp_size < 1:
             raise TensorParallelError(f"tp_size must be at least 1, got {self.tp_size}; correct {_where('tp_size')}.")
+        if self.infer not in INFER:
+            raise TensorParallelError(
+                f"tp_plugin option 'infer' must be one of {', '.join(INFER)}, got {self.infer!r}; correct it in "
+                f"{_where('infer')}."
+            )
         if self.check_batch_every < 0:
             raise TensorParallelError("tp_plugin option 'check_batch_every' must be 0 (never) or a number of steps.")
         if self.loss_workspace_mib < 0:

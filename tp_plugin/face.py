@@ -7,7 +7,8 @@ from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import Sharding, shard_in_place
+from tp_plugin.sharding import Sharding
+from tp_plugin.verify.guard import shard_proven
 
 
 def register(config: TensorParallelConfig | None = None) -> None:
@@ -63,4 +64,4 @@ def shard_model(model: nn.Module, config: TensorParallelConfig | None = None) ->
     if config is None:
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)
     mesh = ParallelMesh.create(config.tp_size)
-    return shard_in_place(model, config, mesh)
+    return shard_proven(model, config, mesh)

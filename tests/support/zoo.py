@@ -119,6 +119,36 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART, SEQ2SEQ),
     "bart classes": ("BartForSequenceClassification", "BartConfig", BART | {"eos_token_id": 2}, CLASSES),
+    "mt5": ("MT5ForConditionalGeneration", "MT5Config", T5 | {"feed_forward_proj": "gated-gelu"}, SEQ2SEQ),
+    "umt5": ("UMT5ForConditionalGeneration", "UMT5Config", T5, SEQ2SEQ),
+    "longt5": ("LongT5ForConditionalGeneration", "LongT5Config", T5 | {"local_radius": 4}, SEQ2SEQ),
+    "longt5 global": (
+        "LongT5ForConditionalGeneration",
+        "LongT5Config",
+        T5 | {"local_radius": 4, "encoder_attention_type": "transient-global", "global_block_size": 4},
+        SEQ2SEQ,
+    ),
+    "apertus": ("ApertusForCausalLM", "ApertusConfig", LLAMA, CAUSAL),
+    "gemma3n": (
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        LLAMA
+        | {
+            "num_attention_heads": 8,
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+            "intermediate_size": [53] * 4,
+            "laurel_rank": 4,
+        },
+        CAUSAL,
+    ),
     "bert to gpt2": ("EncoderDecoderModel", "EncoderDecoderConfig", {}, SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, SPEECH),
 }  # fmt: skip
@@ -137,6 +167,8 @@ def build(name: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     else:
         config = getattr(hf, config_class)(**SPECIAL | sizes | labels | options)
     model = getattr(hf, model_class)(config)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.linspace(-0.5, 0.5, V))
     return perturb(model, seed)
 
 

@@ -44,6 +44,9 @@ PARTIAL = "partial"
 REPLICATED = "replicated"
 """Whole on every rank, with the same gradient on every rank."""
 
+INFERRED = "inferred"
+"""The source of rules that nobody wrote."""
+
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
     *(WIDE_NORM, EACH_HEAD, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, FIRST, PARTIAL, REPLICATED),
@@ -226,6 +229,10 @@ class Plan:
     replicated: tuple[str, ...]
     unused: tuple[Rule, ...] = ()
     mixtures: tuple[MixturePlan, ...] = ()
+
+    def inferred(self) -> list[str]:
+        """Modules whose rule was read off their shapes: right only if a trial says so."""
+        return [name for name, placement in self.placements.items() if placement.source == INFERRED]
 
     def names(self, *styles: str) -> list[str]:
         """Modules placed by any of these styles, in model order."""

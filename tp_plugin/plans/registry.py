@@ -70,6 +70,11 @@ def rules_for(model: nn.Module, own: Mapping[str, str]) -> list[Rule]:
     ]
 
 
+def describes(model: nn.Module) -> bool:
+    """Whether a registered family speaks of the whole model: what it leaves out stays replicated on purpose."""
+    return "" in _scopes(model)
+
+
 def _scopes(model: nn.Module) -> dict[str, str]:
     """Where in the model a registered family begins: name of the outermost module of that type -> the type."""
     found: dict[str, str] = {}

@@ -17,22 +17,26 @@ from tp_plugin.plans import checks
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.attention import Attention, is_attention
 from tp_plugin.plans.experts import check_implementation, join_mixtures, place_experts
+from tp_plugin.plans.infer import infer
 from tp_plugin.plans.latent import LatentAttention, is_latent, shared_key
 from tp_plugin.plans.match import Modules, by_region, match, vocabulary
 from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
-from tp_plugin.plans.registry import rules_for
+from tp_plugin.plans.registry import describes, rules_for
 
 FOLLOWERS = (p.WIDE_NORM, p.EACH_HEAD, p.PER_HEAD)
 """Styles of what follows the heads of an attention."""
 
 
-def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None = None) -> Plan:
+def plan_for(
+    model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None = None, *, inferring: bool = True
+) -> Plan:
     """The validated plan of ``model`` over ``tp_size`` ranks.
 
     Args:
         model: any module; a transformers model brings its own rules and its embedding and head.
         tp_size: ranks.
         own_rules: rules that go before every other source, module-name pattern -> style.
+        inferring: read rules off the modules and shapes of blocks that no other source speaks of.
 
     Raises:
         TensorParallelError: in one sentence, what does not fit and what to change.
@@ -40,6 +44,9 @@ def plan_for(model: nn.Module, tp_size: int, own_rules: Mapping[str, str] | None
     rules = rules_for(model, own_rules or {})
     modules = dict(model.named_modules())
     matched, unused = match(rules, modules)
+    if inferring and not describes(model):
+        inferred = infer(modules, {name for name, rule in matched.items() if name in modules})
+        matched |= {name: rule for name, rule in match(inferred, modules)[0].items() if name not in matched}
     matched |= vocabulary(model, modules, matched)
     placements: dict[str, Placement] = {}
     regions: list[RegionPlan] = []

@@ -56,7 +56,8 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     """Shard ``model`` over ``mesh``'s TP group; a collective call over the world.
 
     Every check comes before the first change, and fails on all ranks together. Parameters that differ between the
-    ranks of a TP group are taken from its rank 0. A model that is sharded alike already is left as it is.
+    ranks of a TP group are taken from its rank 0. A model that is sharded alike already is left as it is. Inferred
+    rules are taken as they are: :func:`tp_plugin.verify.guard.shard_proven` tries them first.
 
     Raises:
         TensorParallelError: what cannot be sharded and what to do about it.
@@ -73,7 +74,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     plan, error = None, _obstacle(model)
     if error is None:
         try:
-            plan = plan_for(model, mesh.tp_size, config.plan)
+            plan = plan_for(model, mesh.tp_size, config.plan, inferring=config.infer != "off")
         except TensorParallelError as refused:
             error = str(refused)
     agree(error)

@@ -22,7 +22,8 @@ from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.deepspeed import cpu, export, norm
 from tp_plugin.integrations.deepspeed.refuse import refuse_after_engine, refuse_before_engine, refuse_in_engine
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import Sharding, shard_in_place
+from tp_plugin.sharding import Sharding
+from tp_plugin.verify.guard import shard_proven
 
 _PATCHES = Patches()
 _ANNOUNCED: weakref.WeakSet[Sharding] = weakref.WeakSet()  # a model may meet several engines, early sharded or not
@@ -114,7 +115,7 @@ def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
     assert config is not None
     refuse_in_engine(engine, model, config.tp_size)
     mesh = ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
-    record = shard_in_place(model, config, mesh)
+    record = shard_proven(model, config, mesh)
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     # our own guard compares batches, at intervals and without pickling them
     if engine.first_dataloader_check is not None:

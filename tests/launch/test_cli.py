@@ -1,0 +1,62 @@
+"""The command ``tp-plugin``."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from tp_plugin.launch.cli import EXIT, main
+from tp_plugin.layers.region import Region
+
+
+def test_plan_prints_the_plan(capsys):
+    assert main(["plan", "llama", "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj" in out
+    assert "x32   (HF plan)" in out
+
+
+def test_plan_says_what_was_inferred(capsys):
+    assert main(["plan", "speech_to_text", "--tp", "2"]) == 0
+    assert "inferred rules are tried" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "llama", "directory", "LlamaForSequenceClassification"])
+def test_check_takes_a_class_a_type_or_a_directory(name, capsys, tmp_path):
+    if name == "directory":
+        LlamaConfig(num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, hidden_size=96).save_pretrained(
+            tmp_path
+        )
+        name = str(tmp_path)
+    assert main(["check", name, "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "EQUAL" in out
+    assert "gradient relative error" in out
+    assert "the fullest rank holds 5" in out
+
+
+def test_check_fails_where_sharding_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(Region, "admit", lambda self, column: None)
+    assert main(["check", "llama", "--tp", "2"]) == EXIT["differs"]
+    assert "DIFFERS: sharded and unsharded differ (gradient" in capsys.readouterr().out
+
+
+def test_check_refuses_what_cannot_be_sharded(capsys, tmp_path):
+    config = AutoConfig.for_model("llama", num_attention_heads=7, num_key_value_heads=1, hidden_size=7 * 16)
+    config.save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path), "--tp", "2"]) == EXIT["refused"]
+    assert "REFUSED" in (out := capsys.readouterr().out)
+    assert "7 query and 1 key/value heads cannot be sharded 2 ways" in out
+
+
+def test_unknown_names_are_told(capsys):
+    assert main(["check", "lama", "--tp", "2"]) == EXIT["refused"]
+    assert "'lama' is neither a class of transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["check", "llama"], ["plan", "llama", "--tp", "0"], []])
+def test_a_command_line_that_makes_no_sense(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: tp-plugin" in capsys.readouterr().err

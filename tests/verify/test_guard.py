@@ -1,0 +1,40 @@
+"""What was only inferred is tried on a small copy before a weight is touched, and refused where it is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.ranks import errors_on_ranks, on_ranks
+from tests.verify import custom
+
+
+def test_a_model_nobody_described_is_sharded_once_the_trial_agrees():
+    assert on_ranks(2, custom.shard, False, "checked") == [["inferred", "vocabulary"]] * 2
+
+
+def test_a_trap_for_inference_is_refused_and_named():
+    for message in errors_on_ranks(2, custom.shard, True, "checked"):
+        assert "the rules inferred from the shapes of HomeModel are wrong" in message
+        assert "'stack.0.mixer.wo' (row, inferred) differs first" in message
+        assert "'infer'" in message
+
+
+def test_what_is_ruled_out_by_hand_is_not_tried():
+    names = ("wq", "wk", "wv", "wo")
+    assert on_ranks(2, custom.shard, True, "checked", {f"stack.*.mixer.{name}": "replicated" for name in names})
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_trusted_takes_the_rules_as_they_are(mixing):
+    assert on_ranks(2, custom.shard, mixing, "trusted") == [["inferred", "vocabulary"]] * 2
+
+
+def test_off_infers_nothing():
+    assert on_ranks(2, custom.shard, False, "off") == [["vocabulary"]] * 2
+
+
+def test_without_a_config_there_is_nothing_to_try():
+    for message in errors_on_ranks(2, custom.shard_plain, "checked"):
+        assert "cannot be tried without a transformers config" in message
+    (found, _) = on_ranks(2, custom.shard_plain, "trusted")
+    assert "blocks.0.one" in found

@@ -1,0 +1,73 @@
+"""The trial: equal where sharding is right, and where it is broken on purpose it says what and where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.layers import RowParallelLinear
+from tp_plugin.layers.region import Region
+from tp_plugin.verify.check import check
+from tp_plugin.verify.parity import LIMITS
+from tp_plugin.verify.specimen import architectures, class_named, config_for
+
+
+def checked(model_type: str, tp: int = 2, plan: dict[str, str] | None = None):
+    model_class = class_named(architectures()[model_type][1])
+    config = config_for(model_class, AutoConfig.for_model(model_type))
+    return check(model_class, config, TensorParallelConfig(tp_size=tp, quiet=True, plan=plan or {}))
+
+
+@pytest.mark.parametrize(("model_type", "tp"), [("llama", 2), ("qwen3", 4)])
+def test_what_is_right_is_equal(model_type, tp):
+    found = checked(model_type, tp)
+    assert found.parity.verdict == "equal", found.parity.sentence
+    assert all(0 < found.parity.errors[name] <= limit for name, limit in LIMITS.items())
+    assert found.whole.fraction < 1.05 / tp
+    assert found.whole.mean <= found.whole.fraction
+
+
+def test_a_door_left_out_is_caught(monkeypatch):
+    """The input gradient of the columns is then only this rank's part of it."""
+    monkeypatch.setattr(Region, "admit", lambda self, column: None)
+    found = checked("llama").parity
+    assert found.verdict == "differs"
+    assert found.errors["loss"] <= LIMITS["loss"]
+    assert found.errors["gradient"] > 1e-2
+    assert "every output agrees, the gradient of 'model.layers.1.post_attention_layernorm' differs" in found.sentence
+
+
+def test_a_sum_left_out_is_caught_and_the_row_named(monkeypatch):
+    monkeypatch.setattr(
+        RowParallelLinear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight, self.bias)
+    )
+    found = checked("llama").parity
+    assert found.verdict == "differs"
+    assert "the output of 'model.layers.0.self_attn.o_proj' (row, HF plan) differs first" in found.sentence
+
+
+def test_a_partial_gradient_that_is_not_summed_is_caught():
+    """Qwen3's q_norm acts on the rank's own heads."""
+    found = checked("qwen3", plan={"model.layers.*.self_attn.q_norm": "replicated"}).parity
+    assert found.verdict == "differs"
+    assert found.worst.endswith("self_attn.q_norm.weight")
+    assert "the gradient of 'model.layers.1.self_attn.q_norm' differs first in backward" in found.sentence
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    found = checked("llama", plan={"model.layers.*.mlp.down_proj": "replicated"})
+    assert found.parity.verdict == "refused"
+    assert "needs at least one column and exactly one row" in found.parity.sentence
+    assert found.whole.refused
+
+
+def test_a_forward_that_fails_names_the_module(monkeypatch):
+    def forward(self, x):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(RowParallelLinear, "forward", forward)
+    found = checked("llama").parity
+    assert found.verdict == "broken"
+    assert "'model.layers.0.self_attn.o_proj' (row, HF plan) sharded: RuntimeError: on purpose" in found.sentence

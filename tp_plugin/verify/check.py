@@ -1,0 +1,182 @@
+"""Examine one architecture: the plan of the full model on ``meta``, and the parity of a small copy on real ranks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.plans import Plan, plan_for
+from tp_plugin.plans.plan import REPLICATED, fold, fold_all
+from tp_plugin.verify.parity import Parity, examine, reproducible
+from tp_plugin.verify.ranks import on_ranks
+from tp_plugin.verify.scale import scaled
+from tp_plugin.verify.specimen import Specimen, candidates
+
+LARGEST_COPY = 100_000_000
+"""Parameters of a copy that is still run."""
+LADDER: tuple[dict[str, bool] | None, ...] = (
+    {"widths": True, "vocabulary": True},
+    {"widths": False, "vocabulary": True},
+    {"widths": False, "vocabulary": False},
+    None,
+)
+"""Ways to scale down, the smallest copy first; None takes the config as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The full-size model under its plan.
+
+    Attributes:
+        parameters: how many it has.
+        fraction: those of the fullest rank over all.
+        mean: those of the average rank over all.
+        source: where its rules come from.
+        replicated: folded parameter name -> share of all parameters, the largest first.
+        plan: what ``Plan.describe`` says.
+        refused: why there is no plan; then the rest is empty.
+    """
+
+    parameters: int = 0
+    fraction: float = 1.0
+    mean: float = 1.0
+    source: str = ""
+    replicated: dict[str, float] = dataclasses.field(default_factory=dict)
+    plan: str = ""
+    refused: str = ""
+
+
+def on_meta(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """The model without memory."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def whole(model: nn.Module, config: TensorParallelConfig) -> Whole:
+    """What a rank would hold of ``model``, by its plan; the model may be on ``meta``."""
+    try:
+        plan = plan_for(model, config.tp_size, config.plan, inferring=config.infer != "off")
+    except TensorParallelError as refused:
+        return Whole(sum(q.numel() for q in model.parameters()), refused=str(refused))
+    layouts = {
+        id(getattr(model.get_submodule(name), leaf)): layout
+        for name, placement in plan.placements.items()
+        for leaf, layout in placement.layouts.items()
+    }
+    kept: dict[str, int] = {}
+    total, held = 0, [0] * config.tp_size
+    for name, param in model.named_parameters():
+        total += param.numel()
+        layout = layouts.get(id(param))
+        for rank in range(config.tp_size):
+            held[rank] += param.numel() if layout is None else math.prod(layout.local_shape(rank))
+        if layout is None or not layout.is_sharded:
+            kept[fold(name)] = kept.get(fold(name), 0) + param.numel()
+    shares = {name: n / total for name, n in sorted(kept.items(), key=lambda item: -item[1])}
+    return Whole(total, max(held) / total, sum(held) / len(held) / total, sources(plan), shares, plan.describe())
+
+
+def sources(plan: Plan) -> str:
+    """Where a plan's rules come from, those of the vocabulary aside unless there are no others."""
+    found = dict.fromkeys(placement.source for placement in plan.placements.values() if placement.layouts)
+    return " + ".join([name for name in found if name != "vocabulary"] or found)
+
+
+def specimen_of(model_class: type[nn.Module], config: Any) -> Specimen:
+    """The smallest copy of ``config`` that runs unsharded, and the inputs it runs with.
+
+    Raises:
+        TensorParallelError: none does; the message has the first reason.
+    """
+    reasons: list[str] = []
+    for step in LADDER:
+        try:
+            small = copy.deepcopy(config) if step is None else scaled(config, **step)
+            if model_class.__name__.endswith("SequenceClassification") and small.pad_token_id is None:
+                small.pad_token_id = 0
+            if (size := sum(q.numel() for q in on_meta(model_class, small).parameters())) > LARGEST_COPY:
+                reasons.append(f"a copy scaled down by {step} still has {size:,} parameters")
+                continue
+            model = Specimen(model_class, small).build()
+        except Exception as failure:
+            reasons.append(short(failure))
+            continue
+        for variant in range(sum(1 for _ in candidates(model))):
+            specimen = Specimen(model_class, small, variant)
+            try:
+                reason = reproducible(specimen)
+            except Exception as failure:
+                reason = short(failure)
+            if reason is None:
+                return specimen
+            reasons.append(reason)
+    raise TensorParallelError(f"no small copy of it runs unsharded: {reasons[0]}")
+
+
+def examined(
+    model_class: type[nn.Module], config: Any, options: TensorParallelConfig, mesh: ParallelMesh
+) -> tuple[Parity, TensorParallelConfig]:
+    """Examine a small copy of ``model_class(config)`` over ``mesh``; a collective call over the world.
+
+    Returns:
+        What was found; and ``options`` in which inferred rules that the copy's inputs did not reach are overruled:
+        nothing is known of them, so their modules stay replicated.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            specimen = specimen_of(model_class, config)
+    except TensorParallelError as failure:
+        return Parity("untested", sentence=str(failure)), options
+    found = examine(specimen, options, mesh)
+    if found.unreached and options.infer == "checked":
+        with torch.random.fork_rng(devices=[]):
+            plan = plan_for(on_meta(model_class, specimen.config), options.tp_size, options.plan)
+        inferred = fold_all(plan.inferred())
+        doubtful = {name: REPLICATED for name in found.unreached if name in inferred}
+        options = dataclasses.replace(options, plan={**options.plan, **doubtful})
+        found = dataclasses.replace(found, unreached=[name for name in found.unreached if name not in doubtful])
+    return found, options
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A check's result: the trial of a small copy, and the plan of the full model."""
+
+    parity: Parity
+    whole: Whole
+
+
+def check(
+    model_class: type[nn.Module], config: Any, options: TensorParallelConfig, *, timeout_s: float = 110.0
+) -> Checked:
+    """Examine ``model_class(config)`` over ``options.tp_size`` processes of this machine; needs no accelerator.
+
+    Raises:
+        TensorParallelError: a rank died or took longer than ``timeout_s``.
+    """
+
+    def on_this_rank() -> tuple[Parity, TensorParallelConfig]:
+        return examined(model_class, config, options, ParallelMesh.create(options.tp_size))
+
+    parity, options = on_ranks(options.tp_size, on_this_rank, timeout_s=timeout_s)[0]
+    try:
+        full = whole(on_meta(model_class, config), options)
+    except TensorParallelError:
+        raise
+    except Exception as failure:
+        full = Whole(refused=f"the full-size model cannot be built on the meta device: {short(failure)}")
+    return Checked(parity, full)
+
+
+def short(failure: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {' '.join(lines)[:200] if lines else ''}"

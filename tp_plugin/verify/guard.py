@@ -1,0 +1,62 @@
+"""Nothing that was only inferred is trained on: a small copy of the model is tried first, on the very ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.plans import plan_for
+from tp_plugin.sharding import Sharding, shard_in_place, state_of
+from tp_plugin.verify.check import examined
+
+
+def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
+    """:func:`~tp_plugin.sharding.shard_in_place`, after a trial of whatever rules were inferred.
+
+    The trial trains a scaled-down copy of the model's config, sharded over ``mesh`` and whole, and compares loss and
+    gradients: a second or two, and no weight of ``model`` is touched. Inferred rules that it does not reach are
+    dropped. A collective call over the world.
+
+    Raises:
+        TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
+            be made.
+    """
+    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None and _is_inferred(model, config):
+        config = _tried(model, config, mesh)
+    return shard_in_place(model, config, mesh)
+
+
+def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:
+    try:
+        return bool(plan_for(model, config.tp_size, config.plan).inferred())
+    except TensorParallelError:
+        return False  # shard_in_place will say so, on all ranks together
+
+
+def _tried(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> TensorParallelConfig:
+    name = type(model).__name__
+    remedy = (
+        "give rules for it in the 'plan' of the tp_plugin block ('replicated' for what should stay whole), or set "
+        "'infer' there to 'off'"
+    )
+    own_config: Any = getattr(model, "config", None)
+    if own_config is None:
+        raise TensorParallelError(
+            f"the rules of {name} were inferred from its shapes and cannot be tried without a transformers config to "
+            f"build a small copy from; {remedy}, or to 'trusted' to use them as they are."
+        )
+    found, config = examined(type(model), own_config, config, mesh)
+    if found.verdict == "equal":
+        return config
+    if found.verdict == "untested":
+        raise TensorParallelError(
+            f"the rules of {name} were inferred from its shapes and could not be tried ({found.sentence}); {remedy}, "
+            "or to 'trusted' to use them as they are."
+        )
+    raise TensorParallelError(
+        f"the rules inferred from the shapes of {name} are wrong, a small copy of it shows: {found.sentence}; {remedy}."
+    )
