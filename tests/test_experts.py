@@ -29,8 +29,8 @@ PECULIAR = [
     {"family": "Qwen3Moe", "stage": 2, "offload": True},
 ]
 FAST: dict[tuple[int, int], list[dict]] = {
-    (2, 2): [{"family": name, "stage": 1} for name in SIZES | MORE] + [{"family": name, "stage": 3} for name in FEW] + PECULIAR
-    + WAYS,
+    (2, 2): [{"family": name, "stage": 1} for name in SIZES | MORE] + [{"family": name, "stage": 3} for name in FEW]
+    + PECULIAR + WAYS,
     (4, 2): [{"family": name, "stage": 2} for name in FEW],
     (4, 4): [{"family": name, "stage": 1, "heads": (8, 4)} for name in FEW],
 }  # fmt: skip

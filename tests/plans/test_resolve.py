@@ -7,7 +7,7 @@ from torch import nn
 from tests.support.models import FAMILIES, make
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan_for, register_family
-from tp_plugin.plans.from_transformers import DENSE_STYLES
+from tp_plugin.plans.from_transformers import STYLE_OF
 from tp_plugin.plans.plan import STYLES
 from tp_plugin.plans.registry import _FAMILIES
 
@@ -117,10 +117,10 @@ def test_a_forgotten_norm_is_allowed_once_a_rule_speaks_of_it():
 
 def test_an_hf_style_we_do_not_know_is_named():
     model = Packed()
-    model.tp_plan = {"gate_up": "moe_tp_experts"}
-    with pytest.raises(TensorParallelError, match="'gate_up' in style 'moe_tp_experts', which is not supported"):
+    model.tp_plan = {"gate_up": "sideways"}
+    with pytest.raises(TensorParallelError, match="'gate_up' in style 'sideways', which is unknown"):
         plan_for(model, 2)
-    assert set(DENSE_STYLES.values()) <= set(STYLES)
+    assert set(STYLE_OF.values()) <= set(STYLES)
 
 
 def test_tied_modules_must_agree():

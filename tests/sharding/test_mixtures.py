@@ -18,7 +18,7 @@ from tests.support.cases import launched, sentence, values
 from tests.support.models import batch, make
 from tests.support.moe import SIZES
 
-NAMED = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "DeepseekV2", "DeepseekV3", "GraniteMoe", "Glm4Moe")
+NAMED = tuple(SIZES)
 
 # ---- what two ranks do -----------------------------------------------------------------------------------------------
 
@@ -116,8 +116,6 @@ def generation():
     """Families and ways whose tokens are not those of one process."""
     wrong = []
     for family in ("Qwen2Moe", "GptOss", "DeepseekV3"):
-        if family not in SIZES:
-            continue
         ours, truth = sharded(family).eval(), make(family).eval()
         for way, options in WAYS.items():
             tokens = []
@@ -159,7 +157,33 @@ def foreign_implementation():
     tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2))
 
 
-RUN = ("mixtral", "qwen2_moe", "deepseek_v3", "router_logits", "balance", "exports", "generation", "cache")
+def late_change():
+    """Grouped to batched as generate() does on CUDA, and back; others are refused and change nothing."""
+    model = sharded("Qwen3Moe").eval()
+    data = batch(4, 2)["input_ids"]
+    with torch.no_grad():
+        grouped = model(data).logits
+        model.set_experts_implementation("batched_mm")
+        torch.testing.assert_close(model(data).logits, grouped)
+    refusals = []
+    for change in (lambda: model.set_experts_implementation("sonicmoe"), lambda: setattr(model, "use_kernels", True)):
+        with pytest.raises(tp_plugin.TensorParallelError) as refused:
+            change()
+        refusals.append(str(refused.value))
+    return model.get_experts_implementation()[""], refusals
+
+
+RUN = (
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v3",
+    "router_logits",
+    "balance",
+    "exports",
+    "generation",
+    "cache",
+    "late_change",
+)
 REFUSED = {
     "too_narrow": r"model.layers.0.mlp.experts.* 1, fewer than the 2 ranks; choose .*autotp_size at most 1",
     "not_aligned": r"width of 4, of which 2 ranks cannot .*autotp_size at most 1 or call .*'eager'",
@@ -205,7 +229,8 @@ def test_ranks_are_balanced():
 def test_exports_are_what_plain_save_pretrained_writes():
     for family, (wrong, renamed) in values(results(), "exports")[0].items():
         assert not wrong, f"{family}: {wrong}"
-        assert renamed > 0, f"{family}: its hub layout is that of its modules, so this shows nothing of conversion"
+        # conversion is shown where the hub's layout is not that of the modules
+        assert (renamed > 0) == (family != "GptOss"), family
 
 
 def test_generation_gives_the_tokens_of_one_process():
@@ -215,6 +240,13 @@ def test_generation_gives_the_tokens_of_one_process():
 def test_the_cache_holds_this_ranks_heads_or_the_latent():
     for found in values(results(), "cache"):
         assert found == {"Qwen2Moe": [2, 1], "DeepseekV3": [12, 12]}
+
+
+def test_a_late_change_of_the_implementation_is_checked():
+    for implementation, (other, kernels) in values(results(), "late_change"):
+        assert implementation == "batched_mm"
+        assert "'sonicmoe' is not supported" in other
+        assert "kernels of the hub" in kernels
 
 
 @pytest.mark.parametrize("name", REFUSED)

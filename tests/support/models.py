@@ -36,7 +36,9 @@ def make(family: str, *, heads: tuple[int, int] = (4, 2), tied: bool | None = No
         sizes = moe.config_of(family, sizes)
     if tied is not None:
         sizes["tie_word_embeddings"] = tied
-    config_class = getattr(transformers, moe.CONFIGS.get(family, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"))
+    config_class = getattr(
+        transformers, moe.CONFIGS.get(family, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    )
     torch.manual_seed(seed)
     implementation = options.pop("experts", None)
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**sizes | options))

@@ -28,7 +28,9 @@ SIZES: dict[str, dict[str, Any]] = {
 """The families that users ask for by name."""
 
 MORE: dict[str, dict[str, Any]] = {
-    "Afmoe": {"moe_intermediate_size": 32, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8, **PLAIN},
+    "Afmoe": {
+        "moe_intermediate_size": 32, "num_shared_experts": 1, "num_dense_layers": 1, "sliding_window": 8, **PLAIN,
+    },
     "AXK1": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **ONE_GROUP},
     "Cohere2Moe": {"intermediate_size": 32, "num_shared_experts": 1, "sliding_window": 8, **PLAIN},
     "Dots1": {**SHARED, **ROUTED, "n_shared_experts": 1},
@@ -88,7 +90,10 @@ MORE: dict[str, dict[str, Any]] = {
     "DeepseekV32": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER},
     "Flint": {"moe_intermediate_size": 32, "intermediate_size": 48, "sliding_window": 8, **PLAIN},
     "GlmMoeDsa": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER},
-    "HYV4": {**SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER, "gate_projection_size": 6, "initializer_range": 0.2},
+    "HYV4": {
+        **SHARED, **ROUTED, **LATENT, "n_shared_experts": 1, **INDEXER, "gate_projection_size": 6,
+        "initializer_range": 0.2,  # larger gradients of its few scalars, which cancel to noise
+    },
     "LongcatFlash": {
         "ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 2,
         **LATENT, **ROUTED, "head_dim": 4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ from tp_plugin.mesh import ParallelMesh
 class ParallelExperts(nn.Module):
     """Put *before* the class of an experts module, whose own forward computes with the shards.
 
-    Its parameters are fused over the experts, ``[experts, ...]``; hidden states ``[tokens, hidden]`` and routing weights
-    come in through the doors of a :class:`~tp_plugin.layers.region.Region`. The forward must be linear in the down
-    projection from there to its result: its partial results are summed over the group, here or, where ``tp_partial``,
-    by the block around it.
+    Its parameters are fused over the experts, ``[experts, ...]``; hidden states ``[tokens, hidden]`` and routing
+    weights come in through the doors of a :class:`~tp_plugin.layers.region.Region`. The forward must be linear in the
+    down projection from there to its result: its partial results are summed over the group, here or, where
+    ``tp_partial``, by the block around it.
     """
 
     tp_mesh: ParallelMesh
@@ -75,7 +76,7 @@ def sum_at_exit(block: nn.Module, mesh: ParallelMesh) -> None:
     """
 
     @torch.compiler.disable
-    def leave(_block: nn.Module, _args: tuple, output: object) -> object:
+    def leave(_block: nn.Module, _args: tuple, output: Any) -> Any:
         if isinstance(output, tuple):
             return (reduce_from_region(output[0], mesh.tp_group), *output[1:])
         return reduce_from_region(output, mesh.tp_group)

@@ -105,4 +105,3 @@ class Region:
         self._source = self._entered = None
         if self.random is not None:
             self.random.stop()
-

@@ -36,9 +36,8 @@ def role_of(name: str, rule: Rule) -> str:
 
 
 def is_attention(columns: Mapping[str, Rule]) -> bool:
-    """Whether these columns together make queries, keys and values."""
-    made = {head for name, rule in columns.items() for head in _kinds(role_of(name, rule))}
-    return {"q", "k"} <= made
+    """Whether one of these columns makes queries; keys and values may come from another layer (Gemma 3n)."""
+    return any("q" in _kinds(role_of(name, rule)) for name, rule in columns.items())
 
 
 def _kinds(role: str) -> set[str]:
@@ -60,6 +59,7 @@ class Attention:
         self.value_dim = self._value_dim()
         self.queries = width // self.value_dim if self.value_dim else 0
         counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kvs}
+        counts = counts or {self._shared_kvs()}
         if not self.queries or self.queries * self.value_dim != width or len(counts) != 1 or counts & {None, 0}:
             raise TensorParallelError(self._puzzle())
         self.kvs: int = int(counts.pop() or 0)
@@ -87,6 +87,13 @@ class Attention:
         kvs = PACKINGS[self.roles[name]].kvs
         found = kvs(heads, self.queries) if kvs is not None and not rest else 0
         return int(found) if found == int(found) and found > 0 else None
+
+    def _shared_kvs(self) -> int | None:
+        """KV heads of an attention that takes keys and values from another layer, by its number of groups."""
+        parents = {name.rpartition(".")[0] for name in self.columns}
+        groups = {getattr(self.modules[parent], "num_key_value_groups", None) for parent in parents}
+        found = groups.pop() if len(groups) == 1 else None
+        return self.queries // found if isinstance(found, int) and found and not self.queries % found else None
 
     def _puzzle(self) -> str:
         sizes = {name.rpartition(".")[2]: out_features(self.modules[name]) for name in self.columns}

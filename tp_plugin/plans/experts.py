@@ -1,8 +1,8 @@
 """How the fused weights of a mixture of experts lie: every expert's intermediate width is dealt to the ranks.
 
-The weights are ``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``, or both with their last two dimensions
-exchanged; the first holds ``[gate|up]`` or, interleaved, gate and up in turn, or only an up projection. Which of them it
-is can be told from the shapes and from what transformers notes on the module (``is_concatenated``).
+The weights are ``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``, or both with their last two
+dimensions exchanged; the first holds ``[gate|up]`` or, interleaved, gate and up in turn, or only an up projection.
+Which of them it is can be told from the shapes and from what transformers notes on the module (``is_concatenated``).
 """
 
 from __future__ import annotations
@@ -104,13 +104,14 @@ def _unit(name: str, width: int, tp: int, element_size: int | None) -> int:
     if element_size is None:
         return 1
     aligned = [n for n in _ALIGNED if n * element_size % 16 == 0 and width % n == 0]
+    if not aligned:  # grouped_mm does not take the whole width either, only its fallback does
+        return 1
     unit = next((n for n in aligned if width // n >= tp), None)
     if unit is None:
-        most = max((width // n for n in aligned), default=0)
-        hint = f"choose tensor_parallel.autotp_size at most {most} or call" if most else "call"
         raise TensorParallelError(
             f"the experts {name!r} have an intermediate width of {width}, of which {tp} ranks cannot each hold rows of "
-            f"whole 16 bytes as grouped_mm needs them; {hint} model.set_experts_implementation('eager')."
+            f"whole 16 bytes as grouped_mm needs them; choose tensor_parallel.autotp_size at most "
+            f"{width // aligned[-1]} or call model.set_experts_implementation('eager')."
         )
     return unit
 

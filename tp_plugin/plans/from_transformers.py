@@ -12,7 +12,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.plan import Rule
 
-STYLES = {
+STYLE_OF = {
     "colwise": p.COLUMN,
     "rowwise": p.ROW,
     "colwise_gather_output": p.COLUMN_GATHER,
@@ -47,12 +47,12 @@ def rules_of(model: nn.Module) -> list[Rule]:
     vectors = [name for name, param in model.named_parameters(remove_duplicate=False) if param.dim() == 1]
     rules = []
     for pattern, style in found.items():
-        if style not in STYLES:
+        if style not in STYLE_OF:
             raise TensorParallelError(
                 f"{type(model).__name__}: the HF plan shards {pattern!r} in style {style!r}, which is unknown; "
                 "give a rule of your own for it in the 'plan' of the tp_plugin block, or use tp_size 1."
             )
-        rule = Rule(pattern, STYLES[style], "HF plan", blocks=2 if style.startswith("packed") else 1)
+        rule = Rule(pattern, STYLE_OF[style], "HF plan", blocks=2 if style.startswith("packed") else 1)
         if style == "colwise" and any(map(rule.matches, vectors)):  # an attention's sinks
             rule = Rule(pattern, p.PER_HEAD, "HF plan", role="query")
         rules.append(rule)

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): heads are expanded from low-rank latents that every rank computes.
 
-Queries come from ``q_proj`` or, by way of a latent, from ``q_b_proj``; ``kv_b_proj`` expands the other latent to a key
-and a value for each head, and a part of the key that all heads share goes past it. Heads are dealt to ranks; the latents,
-their norms and the key-value cache, which holds latents, stay replicated.
+Queries come from ``q_proj`` or, by way of a latent, from ``q_b_proj``; ``kv_b_proj`` expands the other latent to a
+key and a value for each head, and a part of the key that all heads share goes past it. Heads are dealt to ranks; the
+latents, their norms and the key-value cache, which holds latents, stay replicated.
 """
 
 from __future__ import annotations

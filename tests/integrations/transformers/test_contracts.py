@@ -8,11 +8,13 @@ import deepspeed
 import pytest
 import torch
 from transformers import PreTrainedModel, Trainer
-from transformers.integrations import moe
+from transformers.distributed import tensor_parallel
 from transformers.integrations import deepspeed as trainer_side
+from transformers.integrations import moe
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.transformers import _PARTS, record, tokens
+from tp_plugin.plans.from_transformers import STYLE_OF
 
 
 @pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
@@ -94,3 +96,9 @@ def test_an_experts_module_notes_how_its_gate_and_up_projections_lie():
         assert f"self.{name} = {name}" in source, f"transformers no longer sets {name} on experts: {why}"
     for name in ("get_experts_implementation", "set_experts_implementation", "set_use_kernels", "use_kernels"):
         assert hasattr(PreTrainedModel, name), f"transformers has no {name}: sharding/shard.py watches it"
+
+
+def test_every_style_of_their_plans_is_read_as_one_of_ours():
+    expert_parallel = {"grouped_gemm", "ep_dispatch_experts"}  # styles of another plan, base_model_ep_plan
+    theirs = set(tensor_parallel.ALL_PARALLEL_STYLES.keys()) - expert_parallel
+    assert theirs <= set(STYLE_OF), f"plans/from_transformers.py does not know {theirs - set(STYLE_OF)}"

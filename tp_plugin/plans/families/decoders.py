@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from tp_plugin.plans import from_transformers
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.plan import Rule
 from tp_plugin.plans.registry import register_family
@@ -58,6 +61,21 @@ def cohere(_model: nn.Module) -> tuple[Rule, ...]:
         Rule("**.self_attn.k_norm.weight", p.PER_HEAD, role="key", up=2, optional=True),
         *LLAMA_MLP,
     )
+
+
+@register_family("apertus")
+def apertus(model: nn.Module) -> tuple[Rule, ...]:
+    """As HF has it, and the activation has parameters, which act on this rank's features."""
+    return (Rule("**.mlp.act_fn", p.PARTIAL), *from_transformers.rules_of(model))
+
+
+@register_family("gemma3n_text")
+def gemma3n(model: Any) -> tuple[Rule, ...]:
+    """As HF has it, but an MLP that keeps the largest of all its features needs all of them."""
+    sparse = [layer for layer, share in enumerate(model.config.activation_sparsity_pattern) if share > 0]
+    whole = (Rule(f"**.layers.{layer}.mlp.*", p.REPLICATED) for layer in sparse)
+    tables = Rule("**.embed_tokens_per_layer", p.VOCAB_EMBEDDING)
+    return (tables, *whole, *from_transformers.rules_of(model))
 
 
 @register_family("stablelm")

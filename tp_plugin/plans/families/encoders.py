@@ -41,11 +41,11 @@ def modernbert(_model: nn.Module) -> tuple[Rule, ...]:
     )
 
 
-@register_family("t5")
+@register_family("t5", "mt5", "umt5", "longt5", "pop2piano")
 def t5(model: nn.Module) -> tuple[Rule, ...]:
     local = (("n_heads", p.QUERY_HEADS), ("inner_dim", p.QUERY_WIDTH))
     rules: tuple[Rule, ...] = ()
-    for attention in ("SelfAttention", "EncDecAttention"):
+    for attention in ("*SelfAttention", "EncDecAttention"):  # LongT5 has two more of the first
         optional = attention == "EncDecAttention"
         rules += (
             Rule(f"**.{attention}.q", p.COLUMN, local=local, optional=optional),
@@ -56,7 +56,8 @@ def t5(model: nn.Module) -> tuple[Rule, ...]:
     columns = ("wi_0", "wi_1") if model.config.is_gated_act else ("wi",)  # type: ignore[union-attr]
     return (
         *rules,
-        Rule("**.SelfAttention.relative_attention_bias.weight", p.PER_HEAD, role="query", dim=1, up=2),
+        Rule("**.*relative_attention_bias.weight", p.PER_HEAD, role="query", dim=1, up=2),
+        Rule("**.global_input_layer_norm", p.REPLICATED, optional=True),
         *(Rule(f"**.DenseReluDense.{column}", p.COLUMN) for column in columns),
         Rule("**.DenseReluDense.wo", p.ROW),
     )
