@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -30,11 +31,24 @@ def with_pictures(model: nn.Module, base: dict[str, Any]) -> dict[str, Any] | No
     if "pixel_values" not in takes or vision is None or "input_ids" not in base:
         return None
     rows = len(base["input_ids"])
-    pictures = _patches(vision, rows) if "image_grid_thw" in takes else _pixels(vision, rows)
-    if pictures is None:
+    if "image_grid_thw" in takes:
+        return _seen(model, base, takes, parts, _patches(vision, rows))
+    square = _pixels(vision, rows)
+    if square is None:
         return None
-    if "image_sizes" in takes and "image_grid_thw" not in takes:
-        pictures["image_sizes"] = torch.tensor([pictures["pixel_values"].shape[-2:]] * rows)
+    pixels = square["pixel_values"]
+    sized = square | {"image_sizes": torch.tensor([pixels.shape[-2:]] * rows)}
+    several = {"pixel_values": pixels[:, None]}  # several pictures a row, here one
+    for pictures in (square, *([sized] if "image_sizes" in takes else []), several):
+        with contextlib.suppress(Exception):  # it wants them in another of these ways
+            return _seen(model, base, takes, parts, pictures)
+    return None
+
+
+def _seen(
+    model: nn.Module, base: dict[str, Any], takes: Any, parts: list[Any], pictures: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    rows = len(base["input_ids"])
     count = _tokens_of(model, pictures) // rows
     token = next((v for part in parts for name in _TOKEN if type(v := vars(part).get(name)) is int), None)
     if not count or token is None:
@@ -84,7 +98,9 @@ def _patches(vision: Any, rows: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _tokens_of(model: nn.Module, pictures: dict[str, torch.Tensor]) -> int:
     """How many embeddings the model makes of all pictures; 0 if it does not say."""
-    ask: Any = getattr(model, "get_image_features", None)
+    ask: Any = getattr(model, "get_image_features", None) or getattr(
+        getattr(model, "model", None), "get_image_features", None
+    )
     if ask is None:
         return 0
     takes = inspect.signature(ask).parameters

@@ -135,10 +135,9 @@ def _examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMes
         ours = run(model, inputs)
     except Exception as failure:
         raised_in = _module_of(failure.__traceback__, model)
-        text = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
-        return Parity(
-            "broken", sentence=f"in {blame(raised_in, record.plan)} sharded: {text}", fraction=record.fraction()
-        )
+        text = f"{type(failure).__name__}: {' '.join(str(failure).splitlines()[:1])}"[:300]
+        sentence = f"in {blame(raised_in, record.plan)} sharded: {text}"
+        return Parity("broken", sentence=sentence, fraction=record.fraction())
     unreached = _unreached(truth, record.plan)
     errors, worst = _worst_of_all(*compare(truth, ours, record.layouts, mesh.tp_rank), mesh)
     if not excess(errors):

@@ -109,7 +109,9 @@ class Specimen:
         for index, found in enumerate(candidates(model)):
             if index == self.variant:
                 return {
-                    name: value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                    name: value.to(self.dtype)
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()
+                    else value
                     for name, value in found.items()
                 }
         raise IndexError(f"no variant {self.variant}")

@@ -49,8 +49,8 @@ rank.**
 def _line(row: Row) -> str:
     figures = [f"{row.errors[name]:.0e}" if name in row.errors else "" for name in LIMITS]
     share = f"{row.fraction:.1%}" if row.source or row.verdict == "equal" else ""
-    if row.measured_on == "small copy" and share:
-        share += " (copy)"
+    if share and row.measured_on != "default config":
+        share += f" ({row.measured_on.removesuffix(' config')})"
     cells = (row.model_type, row.class_name, row.source, share, *figures, _WORDS[row.verdict], _remarks(row))
     return "| " + " | ".join(cells) + " |"
 
