@@ -40,7 +40,7 @@ PECULIAR = [
     {"family": "t5", "stage": 1, "attn_implementation": "eager"},
     {"family": "gpt2", "stage": 1, "attn_implementation": "eager", "reorder_and_upcast_attn": True},
     *({"family": name, "stage": 1, "checkpointing": mode}
-      for name in ("gpt2", "t5", "bart", "bert") for mode in (True, False)),
+      for name in ("gpt2", "bloom", "t5", "bart", "bert") for mode in (True, False)),
     {"family": "gpt2", "stage": 1, "n_head": 5, "n_embd": 40, "extra": whole("**.attn.c_attn", "**.attn.c_proj")},
     {"family": "falcon new", "stage": 3, "num_attention_heads": 5, "hidden_size": 40, "num_kv_heads": 1,
      "extra": whole("**.query_key_value", "**.self_attention.dense")},
