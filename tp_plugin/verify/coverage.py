@@ -29,6 +29,8 @@ from tp_plugin.verify.ranks import Launch
 from tp_plugin.verify.scale import configs_in
 from tp_plugin.verify.specimen import architectures, class_named, config_for
 
+WORTH_NAMING = 0.002
+"""Share of the parameters from which a replicated tensor is named."""
 LIBRARIES = ("tp-plugin", "torch", "transformers")
 COUNTS_UP_TO = 0.60
 """Share of the parameters on the fullest of two ranks beyond which parity says little: what is whole is equal."""
@@ -47,8 +49,8 @@ class Row:
         sentence: why the verdict is not "equal".
         errors: relative errors of the small copy by quantity.
         worst: the parameter whose gradient differs most.
-        measured_on: "default config", "completed config" (see ``complete.py``) or "small copy": what the next five are of.
-        parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`.
+        measured_on: what the next five are of: "default config", "completed config" (``complete.py``) or "small copy".
+        parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`, the small ones left out.
         unreached: placed modules that the copy's inputs did not reach.
         precision: of the comparison.
         note: why it was not measured on the default config.
@@ -168,7 +170,8 @@ def _full_size(model_class: type[nn.Module], config: Any, options: TensorParalle
             for part in configs_in(config):
                 complete(part)
             continue
-        row = {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source", "replicated")}
+        row: dict[str, Any] = {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source")}
+        row["replicated"] = {name: share for name, share in full.replicated.items() if share >= WORTH_NAMING}
         row |= {"measured_on": measured_on, "note": note}
         return row | ({"verdict": "refused", "sentence": full.refused} if full.refused else {})
     return {"note": note}

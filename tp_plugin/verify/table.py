@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from tp_plugin.verify.coverage import COUNTS_UP_TO, Row, environment
 from tp_plugin.verify.parity import LIMITS
 
-WORTH_NAMING = 0.005
-"""Share of the parameters from which a replicated tensor is named."""
 _WORDS = {"equal": "pass", "differs": "WRONG", "broken": "fails", "refused": "refused", "untested": "not tested"}
 
 
@@ -58,7 +56,7 @@ def _line(row: Row) -> str:
 def _remarks(row: Row) -> str:
     if row.verdict != "equal":
         return _cell(row.sentence)
-    large = [f"`{name}` {share:.1%}" for name, share in row.replicated.items() if share >= WORTH_NAMING]
+    large = [f"`{name}` {share:.1%}" for name, share in row.replicated.items()]
     said = [", ".join(large[:6]) + (f" and {len(large) - 6} more" if len(large) > 6 else "")] if large else []
     if row.unreached:
         shown = ", ".join(f"`{name}`" for name in row.unreached[:3]) + (" ..." if len(row.unreached) > 3 else "")
