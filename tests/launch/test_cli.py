@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from tests.verify.custom import HomeConfig, HomeModel
 from tp_plugin.launch.cli import EXIT, main
 from tp_plugin.layers.region import Region
+from tp_plugin.verify import subject
 
 
 def test_plan_prints_the_plan(capsys):
@@ -47,6 +51,17 @@ def test_check_refuses_what_cannot_be_sharded(capsys, tmp_path):
     assert main(["check", str(tmp_path), "--tp", "2"]) == EXIT["refused"]
     assert "REFUSED" in (out := capsys.readouterr().out)
     assert "7 query and 1 key/value heads cannot be sharded 2 ways" in out
+
+
+def test_check_says_which_rules_would_do(capsys, monkeypatch):
+    """A model whose attention mixes its heads: inference takes it for a plain one, and the trial does not."""
+    monkeypatch.setattr(
+        subject, "subject_of", lambda *_, **__: subject.Subject(HomeModel, HomeConfig(mixing=True), "x")
+    )
+    assert main(["check", "x", "--tp", "2"]) == EXIT["differs"]
+    out = capsys.readouterr().out
+    rules = dict.fromkeys(sorted(f"stack.*.mixer.{name}" for name in ("wk", "wo", "wq", "wv")), "replicated")
+    assert f"passes with these rules of your own: {json.dumps({'plan': rules})}" in out
 
 
 def test_unknown_names_are_told(capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -104,6 +105,8 @@ def check(options: argparse.Namespace) -> int:
         print(f"  not reached by the trial's inputs: {name}")
     verdict = "refused" if found.whole.refused and found.parity.verdict == "equal" else found.parity.verdict
     reason = found.whole.refused if verdict == "refused" and found.whole.refused else found.parity.sentence
+    if found.remedy:
+        print(f"  passes with these rules of your own: {json.dumps({'plan': found.remedy})}")
     print(f"{verdict.upper()}{': ' + reason if reason else ''} ({time.monotonic() - started:.0f} s)")
     return EXIT[verdict]
 

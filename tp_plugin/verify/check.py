@@ -148,10 +148,17 @@ def examined(
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A check's result: the trial of a small copy, and the plan of the full model."""
+    """A check's result.
+
+    Attributes:
+        parity: the trial of a small copy.
+        whole: the plan of the full model.
+        remedy: where inferred rules are wrong, rules of your own with which the trial passes.
+    """
 
     parity: Parity
     whole: Whole
+    remedy: dict[str, str] | None = None
 
 
 def check(
@@ -167,13 +174,40 @@ def check(
         return examined(model_class, config, options, ParallelMesh.create(options.tp_size))
 
     parity, options = on_ranks(options.tp_size, on_this_rank, timeout_s=timeout_s)[0]
+    remedy = None
+    if parity.verdict in ("differs", "broken"):
+        remedy = _remedy(model_class, config, options, timeout_s)
     try:
         full = whole(on_meta(model_class, config), options)
     except TensorParallelError:
         raise
     except Exception as failure:
         full = Whole(refused=f"the full-size model cannot be built on the meta device: {short(failure)}")
-    return Checked(parity, full)
+    return Checked(parity, full, remedy)
+
+
+def _remedy(
+    model_class: type[nn.Module], config: Any, options: TensorParallelConfig, timeout_s: float
+) -> dict[str, str] | None:
+    """Which inferred kind of region has to stay whole for the trial to pass; None if that is not enough."""
+    try:
+        plan = plan_for(on_meta(model_class, scaled(config)), options.tp_size, options.plan)
+    except Exception:  # such a config cannot be built at this size: there is nothing to suggest
+        return None
+    inferred = set(plan.inferred())
+    kinds = {
+        frozenset(fold_all([*region.columns, region.row])): None for region in plan.regions if region.row in inferred
+    }
+    for kind in [*kinds, frozenset().union(*kinds)] if kinds else []:
+        rules = dict.fromkeys(sorted(kind), REPLICATED)
+        tried = dataclasses.replace(options, plan={**options.plan, **rules})
+
+        def on_this_rank(tried: TensorParallelConfig = tried) -> str:
+            return examined(model_class, config, tried, ParallelMesh.create(tried.tp_size))[0].verdict
+
+        if set(on_ranks(options.tp_size, on_this_rank, timeout_s=timeout_s)) == {"equal"}:
+            return rules
+    return None
 
 
 def short(failure: BaseException) -> str:

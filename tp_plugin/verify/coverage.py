@@ -50,7 +50,7 @@ class Row:
         errors: relative errors of the small copy by quantity.
         worst: the parameter whose gradient differs most.
         measured_on: what the next five are of: "default config", "completed config" (``complete.py``) or "small copy".
-        parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`, the small ones left out.
+        parameters, fraction, mean, source, replicated: of :class:`~tp_plugin.verify.check.Whole`, small ones left out.
         unreached: placed modules that the copy's inputs did not reach.
         precision: of the comparison.
         note: why it was not measured on the default config.
