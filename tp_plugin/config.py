@@ -27,24 +27,24 @@ class TensorParallelConfig:
         tp_size: ranks a tensor is sharded over; neighbours in rank order form a group. 1 shards nothing.
         plan: extra rules, module-name pattern -> style, that go before every other source of the plan.
             Patterns are matched against full module names; ``*`` stands for one dotted part.
-        infer: what becomes of blocks that neither rules nor HF's plan speak of. "checked": rules are read off their
-            modules and shapes, and tried on a small copy of the model before its weights are touched. "trusted":
-            the same without the trial. "off": they stay replicated.
         check_batch_every: every how many training forwards the ranks of a TP group compare their inputs
             (one small all-gather). 0 never compares. The first forward is always compared unless 0.
         broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
             data collators that draw random numbers.
         loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it. 0 is
             512 on an accelerator and 64 on a CPU.
+        infer: what becomes of blocks that neither rules nor HF's plan speak of. "checked": rules are read off their
+            modules and shapes, and tried on a small copy of the model before its weights are touched. "trusted":
+            the same without the trial. "off": they stay replicated.
         quiet: do not print the summary of what was sharded.
     """
 
     tp_size: int = 1
     plan: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    infer: str = "checked"
     check_batch_every: int = 100
     broadcast_batch: bool = False
     loss_workspace_mib: int = 0
+    infer: str = "checked"
     quiet: bool = False
 
     def __post_init__(self) -> None:

@@ -275,8 +275,8 @@ def _reads_whole_width(parent: nn.Module) -> bool:
     widths = re.findall(r"\w+, *\w+, *([A-Za-z]\w*) = \w+\.(?:size\(\)|shape)\n", source)
     takes = inspect.signature(parent.forward).parameters
     return (
-        any(len(re.findall(rf"\b{name}\b", source)) > 1 for name in widths)
-        or any(re.search(r"bias|rel_|(^|_)rel", name) for name in takes)
+        any(re.search(rf"(view|reshape)\([^)]*(?<![.\w]){name}\b", source) for name in widths)
+        or any(re.search(r"(position|attention)_bias|rel_(2d_)?pos$", name) for name in takes)
         or "Sparse" in type(parent).__name__
         or "hidden_dim=" in source
     )
