@@ -71,7 +71,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             "build it anew."
         )
         return known
-    plan, error = None, _obstacle(model)
+    plan, error = None, obstacle(model)
     if error is None:
         try:
             plan = plan_for(model, mesh.tp_size, config.plan, inferring=config.infer != "off")
@@ -94,7 +94,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     return record
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def obstacle(model: nn.Module) -> str | None:
     """Why this model, as it is now, cannot be sharded; None if it can."""
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):

@@ -11,6 +11,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import plan_for
 from tp_plugin.sharding import Sharding, shard_in_place, state_of
+from tp_plugin.sharding.shard import obstacle
 from tp_plugin.verify.check import examined
 
 
@@ -31,10 +32,12 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
 
 
 def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:
+    if obstacle(model):
+        return False  # shard_in_place will say so, on all ranks together
     try:
         return bool(plan_for(model, config.tp_size, config.plan).inferred())
     except TensorParallelError:
-        return False  # shard_in_place will say so, on all ranks together
+        return False
 
 
 def _tried(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> TensorParallelConfig:
