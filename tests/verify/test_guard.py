@@ -6,6 +6,10 @@ import pytest
 
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.verify import custom
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.verify import check as check_module
+from tp_plugin.verify.ranks import on_ranks as on_forked_ranks
 
 
 def test_a_model_nobody_described_is_sharded_once_the_trial_agrees():
@@ -38,3 +42,23 @@ def test_without_a_config_there_is_nothing_to_try():
         assert "cannot be tried without a transformers config" in message
     (found, _) = on_ranks(2, custom.shard_plain, "trusted")
     assert "blocks.0.one" in found
+
+
+def test_what_the_copy_does_not_have_is_not_taken(monkeypatch):
+    """Here only the full model's feed-forward is inferred: the copy has none of that name, so nothing tried it."""
+    real = check_module._inferred
+
+    def without_feed(model_class, config, options):
+        found = real(model_class, config, options)
+        return found if config.num_layers == 4 else {name: None for name in found if ".feed." not in name}
+
+    monkeypatch.setattr(check_module, "_inferred", without_feed)
+    (plan, _) = on_forked_ranks(2, tried)
+    assert plan == {f"stack.*.feed.{name}": "replicated" for name in ("one", "two", "three")}
+
+
+def tried() -> dict[str, str]:
+    options = TensorParallelConfig(tp_size=2, quiet=True)
+    found, options = check_module.examined(custom.HomeModel, custom.HomeConfig(), options, ParallelMesh.create(2))
+    assert found.verdict == "equal", found.sentence
+    return dict(options.plan)

@@ -127,8 +127,8 @@ def examined(
     """Examine a small copy of ``model_class(config)`` over ``mesh``; a collective call over the world.
 
     Returns:
-        What was found; and ``options`` in which inferred rules that the copy's inputs did not reach are overruled:
-        nothing is known of them, so their modules stay replicated.
+        What was found; and ``options`` in which inferred rules that the copy does not have, or that its inputs did not
+        reach, are overruled: nothing is known of them, so their modules stay replicated.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -136,14 +136,23 @@ def examined(
     except TensorParallelError as failure:
         return Parity("untested", sentence=str(failure)), options
     found = examine(specimen, options, mesh)
-    if found.unreached and options.infer == "checked":
+    if options.infer == "checked":
         with torch.random.fork_rng(devices=[]):
-            plan = plan_for(on_meta(model_class, specimen.config), options.tp_size, options.plan)
-        inferred = fold_all(plan.inferred())
-        doubtful = {name: REPLICATED for name in found.unreached if name in inferred}
+            tried = _inferred(model_class, specimen.config, options)
+            wanted = _inferred(model_class, config, options)
+        doubtful = {name: REPLICATED for name in {**tried, **wanted} if name not in tried or name in found.unreached}
         options = dataclasses.replace(options, plan={**options.plan, **doubtful})
         found = dataclasses.replace(found, unreached=[name for name in found.unreached if name not in doubtful])
     return found, options
+
+
+def _inferred(model_class: type[nn.Module], config: Any, options: TensorParallelConfig) -> dict[str, None]:
+    """Folded names of the modules whose rules would be inferred; none where there is no plan."""
+    try:
+        plan = plan_for(on_meta(model_class, config), options.tp_size, options.plan)
+    except Exception:  # refused, or its defaults describe no model: then there is nothing to overrule
+        return {}
+    return dict.fromkeys(fold_all(plan.inferred()))
 
 
 @dataclasses.dataclass(frozen=True)
