@@ -104,13 +104,14 @@ def _unit(name: str, width: int, tp: int, element_size: int | None) -> int:
     if element_size is None:
         return 1
     aligned = [n for n in _ALIGNED if n * element_size % 16 == 0 and width % n == 0]
+    if not aligned:  # grouped_mm does not take the whole width either, only its fallback does
+        return 1
     unit = next((n for n in aligned if width // n >= tp), None)
     if unit is None:
-        most = max((width // n for n in aligned), default=0)
-        hint = f"choose tensor_parallel.autotp_size at most {most} or call" if most else "call"
         raise TensorParallelError(
             f"the experts {name!r} have an intermediate width of {width}, of which {tp} ranks cannot each hold rows of "
-            f"whole 16 bytes as grouped_mm needs them; {hint} model.set_experts_implementation('eager')."
+            f"whole 16 bytes as grouped_mm needs them; choose tensor_parallel.autotp_size at most "
+            f"{width // aligned[-1]} or call model.set_experts_implementation('eager')."
         )
     return unit
 
@@ -127,11 +128,19 @@ def join_mixtures(
     for name in experts:
         block = name.rpartition(".")[0]
         shared = [region for region in left if _is_shared(region, block, modules)]
-        summed = block in matched and matched[block].style == p.SUM and bool(shared)
         left = [region for region in left if region not in shared]
         names = tuple(region.block for region in shared)
+        adds = block in matched and matched[block].style == p.SUM
+        summed = adds and bool(shared) and _all_partial(block, names, matched, modules)
         mixtures.append(MixturePlan(block, name, names, tuple(region.row for region in shared), summed))
     return mixtures, left
+
+
+def _all_partial(block: str, shared: Sequence[str], matched: Mapping[str, Rule], modules: Mapping[str, Any]) -> bool:
+    """Whether everything shared in ``block`` gives partial results, or scales them: a whole one would be summed too."""
+    found = [f"{block}.{leaf}" for leaf, child in modules[block].named_children() if leaf.startswith("shared")]
+    scales = {name for name, rule in matched.items() if rule.style == p.ENTER}
+    return all(name in shared or name in scales or next(modules[name].parameters(), None) is None for name in found)
 
 
 def _is_shared(region: RegionPlan, block: str, modules: Mapping[str, Any]) -> bool:

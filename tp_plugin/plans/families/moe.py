@@ -113,6 +113,10 @@ MOE_FAMILIES: dict[str, Rules] = {
     "nemotron_h": _in_layers("mixer", q_proj=p.COLUMN, k_proj=p.COLUMN, v_proj=p.COLUMN, o_proj=p.ROW)
     + _in_layers("mixer", up_proj=p.COLUMN, down_proj=p.ROW)
     + _in_layers("mixer.shared_experts", up_proj=p.COLUMN, down_proj=p.ROW),
+    "nllb-moe": _in_layers("self_attn", q_proj=p.COLUMN, k_proj=p.COLUMN, v_proj=p.COLUMN, out_proj=p.ROW)
+    + _in_layers("cross_attention", q_proj=p.COLUMN, k_proj=p.COLUMN, v_proj=p.COLUMN, out_proj=p.ROW)
+    + _in_layers("ffn", fc1=p.COLUMN, fc2=p.ROW)
+    + _in_layers("ffn.experts.*", fc1=p.COLUMN, fc2=p.ROW),  # whole modules: each is a region of its own
     "olmoe": ATTENTION + WIDE_NORMS,
     "phimoe": ATTENTION,
     "qwen2_moe": GATED_SHARED_EXPERT,
@@ -122,6 +126,8 @@ MOE_FAMILIES: dict[str, Rules] = {
     "qwen3_omni_moe_text": HEAD_NORMS,
     "qwen3_vl_moe_text": HEAD_NORMS,
     "solar_open": SHARED_EXPERTS,
+    "youtu": LATENT_ATTENTION,
+    "zaya": (Rule("**.layers.*.mlp.experts", p.EXPERTS),),
 }
 """``model_type`` -> rules beside HF's."""
 
