@@ -78,9 +78,11 @@ def _without_idle_sums(
     """Sums over the ranks only where something is partial: what lies in a block you keep whole has whole gradients.
 
     Style ``enter`` counts in blocks that sum at their end, ``first`` in sharded experts, ``latent`` and ``partial`` in
-    regions; a ``partial`` of yours counts wherever you put it.
+    regions, ``partial`` also beside regions that are given something for each head (MPNet's position bias is made once,
+    by the encoder); a ``partial`` of yours counts wherever you put it.
     """
     blocks = {region.block for region in regions}
+    given = {region.block for region in regions if region.inputs}
     experts = {mixture.experts for mixture in mixtures}
     summed = {mixture.block for mixture in mixtures if mixture.summed}
 
@@ -90,7 +92,9 @@ def _without_idle_sums(
         if placement.style == p.FIRST:
             return placement.name.rpartition(".")[0] in experts
         if placement.style == p.LATENT or (placement.style == p.PARTIAL and placement.source != "yours"):
-            return any(not block or placement.name.startswith(f"{block}.") for block in blocks)
+            parent = placement.name.rpartition(".")[0]
+            beside = placement.style == p.PARTIAL and any(not parent or b.startswith(f"{parent}.") for b in given)
+            return beside or any(not block or placement.name.startswith(f"{block}.") for block in blocks)
         return True
 
     return {name: placement for name, placement in placements.items() if counts(placement)}
