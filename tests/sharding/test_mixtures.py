@@ -58,6 +58,7 @@ def balance():
     found = {}
     for family in NAMED:
         record = sharded(family).tp_sharding
+        assert f"{len(record.plan.mixtures)} mixtures of experts sharded inside" in record.summary()
         held = [record.numel(rank) for rank in range(2)]
         found[family] = max(held) / (sum(held) / 2), record.fraction()
     return found
