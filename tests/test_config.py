@@ -11,7 +11,7 @@ from tp_plugin import TensorParallelConfig, TensorParallelError
 def test_defaults_shard_nothing():
     config = TensorParallelConfig()
     assert (config.tp_size, config.plan, config.check_batch_every) == (1, {}, 100)
-    assert (config.broadcast_batch, config.loss_workspace_mib, config.quiet) == (False, 512, False)
+    assert (config.broadcast_batch, config.loss_workspace_mib, config.quiet) == (False, 0, False)
 
 
 def test_it_is_frozen_and_keyword_only():
@@ -46,7 +46,7 @@ def test_no_degree_is_one(config):
         ({"quiet": 1}, "'quiet' must be of type bool, got 1; correct it in the 'tp_plugin' block"),
         ({"check_batch_every": -1}, r"'check_batch_every' must be 0 \(never\) or a number of steps"),
         ({"check_batch_every": 1.5}, "'check_batch_every' must be of type int, got 1.5"),
-        ({"loss_workspace_mib": 0}, r"'loss_workspace_mib' must be at least 1 \(MiB\)"),
+        ({"loss_workspace_mib": -1}, r"'loss_workspace_mib' must be 0 \(automatic\)"),
         ({"plan": ["a"]}, r"'plan' must be of type a mapping of strings, got \['a'\]"),
         ({"plan": {"a": 1}}, "'plan' maps module-name patterns to style names, got 'a': 1"),
     ],

@@ -47,16 +47,17 @@ def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
 def rows_per_chunk(job: Job, asked: Asked) -> int:
     """Rows whose logits fit the budget; at least 1, and the same on every rank of the group.
 
-    On a group there are two chunks at a time, one whose statistics travel and the next.
+    On a group there are two chunks at a time, one whose statistics travel and the next, unless one holds all rows.
     """
-    rows, group = job.head.hidden.shape[0], job.head.vocab.group
-    widest = max(job.head.vocab.sizes)  # the group's, not this rank's: chunk counts must agree
-    each = job.block.bytes_per_logit(job.head, asked)
-    if group is not None:
-        each += job.block.bytes_per_logit(job.head, Asked(gradient=False))
-    fits = max(1, (job.budget - job.spare) // max(1, each * widest))
-    chunks = -(-rows // fits)
-    return -(-rows // max(1, chunks))
+    rows = job.head.hidden.shape[0]
+    widest = max(1, *job.head.vocab.sizes)  # the group's, not this rank's: chunk counts must agree
+    room, each = job.budget - job.spare, job.block.bytes_per_logit(job.head, asked) * widest
+    if rows * each <= room:
+        return rows
+    if job.head.vocab.group is not None:
+        each += job.block.bytes_per_logit(job.head, Asked(gradient=False)) * widest
+    chunks = -(-rows // max(1, room // each))
+    return -(-rows // chunks)
 
 
 @outside_autocast
@@ -99,7 +100,8 @@ def token_stats(job: Job, entropy: bool = False) -> TokenStats:
     """The cross entropy and the statistics of every row. A collective call."""
     asked = Asked(job.options.label_smoothing > 0, entropy, gradient=False)
     found = _Collected(job, entropy)
-    for rows, _, stats in _passes(job, asked):
+    for rows, block, stats in _passes(job, asked):
+        del block  # before the next one is made
         found.put(rows, stats)
     return found.stats
 

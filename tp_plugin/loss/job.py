@@ -58,7 +58,7 @@ class Job:
     @property
     def spare(self) -> int:
         """The part of the budget that is kept for products on their way into a wider sum."""
-        return self.budget // 8 if self.head.hidden.dtype != self.head.wide else 0
+        return self.budget // 4 if self.head.hidden.dtype != self.head.wide else 0
 
     def losses(self, stats: RowStats) -> torch.Tensor:
         """[c] unweighted losses of rows, not yet 0 where ignored."""
