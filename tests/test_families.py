@@ -16,6 +16,13 @@ from tests.test_parity import LIMITS, run_cases
 TEN = ("phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon new", "olmo2", "bert", "t5", "bart")
 SIX_ON_THREE = {"num_attention_heads": 6, "hidden_size": 48}
 
+
+def whole(columns: str, row: str) -> dict:
+    """A config with a plan of the user's: all heads on every rank, the weights sharded nevertheless."""
+    plan = {columns: "column_gather", row: "row_split"}
+    return {"tp_plugin": {"check_batch_every": 2, "quiet": True, "plan": plan}}
+
+
 # heads that ranks share or use twice, packed and behind a wide norm; biases in all places
 PECULIAR = [
     {"family": "phi3", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
@@ -33,7 +40,10 @@ PECULIAR = [
     {"family": "t5", "stage": 1, "attn_implementation": "eager"},
     {"family": "gpt2", "stage": 1, "attn_implementation": "eager", "reorder_and_upcast_attn": True},
     *({"family": name, "stage": 1, "checkpointing": mode}
-      for name in ("gpt2", "t5", "bart", "bert") for mode in (True, False)),
+      for name in ("gpt2", "bloom", "t5", "bart", "bert") for mode in (True, False)),
+    {"family": "gpt2", "stage": 1, "n_head": 5, "n_embd": 40, "extra": whole("**.attn.c_attn", "**.attn.c_proj")},
+    {"family": "falcon new", "stage": 3, "num_attention_heads": 5, "hidden_size": 40, "num_kv_heads": 1,
+     "extra": whole("**.query_key_value", "**.self_attention.dense")},
     {"family": "gpt2", "stage": 1, "tie_word_embeddings": False},
     {"family": "gpt_neox", "stage": 1, "use_parallel_residual": False},
     {"family": "opt", "stage": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
@@ -62,9 +72,13 @@ def launched(world: int, tp: int, slow: bool) -> list[list[dict[str, float] | st
     return on_ranks(world, run_cases, tp, (SLOW if slow else FAST)[world, tp], timeout_s=1800 if slow else 900)
 
 
+def name_of(case: dict) -> str:
+    return "-".join(str(value) for value in case.values() if not isinstance(value, dict))
+
+
 def parameters(table: dict[tuple[int, int], list[dict]]) -> list:
     return [
-        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + "-".join(map(str, case.values())))
+        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + name_of(case))
         for (world, tp), cases in table.items()
         for index, case in enumerate(cases)
     ]

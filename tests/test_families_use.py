@@ -99,8 +99,8 @@ def generation() -> dict[str, dict[str, tuple]]:
 # ---- collectives -------------------------------------------------------------------------------------------------
 
 
-def collectives() -> dict[str, tuple[bool, dict[tuple[str, bool], int]]]:
-    """Family -> whether its logits were never computed, and the collectives of a training step."""
+def collectives() -> dict[str, tuple[bool, dict[tuple[str, bool], int], set[int]]]:
+    """Family -> whether its logits were never computed, the collectives of a training step, bytes of those of norms."""
     found = {}
     for name in ZOO:
         model = sharded(zoo.build(name).train())
@@ -112,7 +112,8 @@ def collectives() -> dict[str, tuple[bool, dict[tuple[str, bool], int]]]:
         for record in counter.records:
             key = record.purpose, record.backward
             counts[key] = counts.get(key, 0) + 1
-        found[name] = isinstance(out.logits, VocabParallelLogits), counts
+        norms = {record.nbytes for record in counter.records if record.purpose == "norm"}
+        found[name] = isinstance(out.logits, VocabParallelLogits), counts, norms
     return found
 
 
@@ -195,7 +196,7 @@ def test_generates_the_tokens_of_one_process_with_half_the_cache(name, way):
 @pytest.mark.parametrize("name", ZOO)
 def test_losses_are_vocabulary_parallel_and_regions_have_one_door(name):
     for rank in results("collectives"):
-        lazy, counts = rank[name]
+        lazy, counts, norm_bytes = rank[name]
         assert lazy == (ZOO[name][3] != zoo.CLASSES)
         assert counts.get(("loss", False), 0) == (2 if lazy else 0)
         assert not any(purpose == "logits" for purpose, _ in counts)
@@ -207,6 +208,7 @@ def test_losses_are_vocabulary_parallel_and_regions_have_one_door(name):
         assert counts["enter", True] == len(plan.regions) + len(between) + MORE_DOORS.get(name, 0)
         norms = sum(count for (purpose, _), count in counts.items() if purpose == "norm")
         assert norms == (2 * 2 * 2 if name == "olmo2" else 0)  # queries and keys, each layer, forward and backward
+        assert norm_bytes <= {2 * 12 * 4}, "one number a token, whatever the width"
 
 
 BETWEEN = ("encoder_attn", "EncDecAttention", "crossattention")

@@ -46,7 +46,8 @@ def deal_heads(
         works = [n for n in range(1, queries + 1) if _deal_if(queries, kvs, n, fits) is not None]
         raise TensorParallelError(
             f"{where}: {queries} query and {kvs} key/value heads cannot be sharded {tp} ways with one ratio on every "
-            f"rank; choose tensor_parallel.autotp_size from {works}."
+            f"rank; choose tensor_parallel.autotp_size from {works}, or give its columns the style column_gather and "
+            "its row the style row_split, which compute all heads on every rank."
         )
     return dealt
 

@@ -198,7 +198,7 @@ def _rest(
         sizes = {size for _, param in own for size in param.shape}
         if norm and len(sizes) == 1 and (size := sizes.pop()) not in inner:
             style = known.get(size, p.REPLICATED) if name.rpartition(".")[0] in _parents(rules) else p.REPLICATED
-        elif norm and _is_outer(name.rpartition(".")[2], _beside(name, rules)):
+        elif norm and known and _is_outer(name.rpartition(".")[2], _beside(name, rules)):
             style = p.REPLICATED  # as wide as the block's input, and by its name not a projection's
         elif not known and len(sizes) and not sizes & (inner | {1}) and not _beside(name, rules):
             style = p.REPLICATED  # an attention beside an MLP
@@ -270,7 +270,7 @@ def _local(parent: nn.Module, queries: int, kvs: int, head_dim: int) -> Iterator
 
 
 def _reads_whole_width(parent: nn.Module) -> bool:
-    """Whether a forward takes the width from its input's shape, or is given something for every head, or is replaced."""
+    """Whether a forward takes the width from its input's shape, or is given something for every head."""
     source = "".join(_methods(type(parent)))
     widths = re.findall(r"\w+, *\w+, *([A-Za-z]\w*) = \w+\.(?:size\(\)|shape)\n", source)
     takes = inspect.signature(parent.forward).parameters
@@ -278,6 +278,7 @@ def _reads_whole_width(parent: nn.Module) -> bool:
         any(len(re.findall(rf"\b{name}\b", source)) > 1 for name in widths)
         or any(re.search(r"bias|rel_|(^|_)rel", name) for name in takes)
         or "Sparse" in type(parent).__name__
+        or "hidden_dim=" in source
     )
 
 

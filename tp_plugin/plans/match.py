@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,7 +40,9 @@ def match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Ru
             for rule in those:
                 if rule.matches(name):
                     hit.add(rule)
-                    matched.setdefault(name, rule)
+                    first = matched.setdefault(name, rule)
+                    if rule.equivalent and first.source == "yours":  # true of the module, whatever its style
+                        matched[name] = dataclasses.replace(first, equivalent=True)
     idle = [rule for rule in rules if rule not in hit]
     for rule in idle:
         if rule.source != "HF plan" and not rule.optional:

@@ -6,6 +6,7 @@ find is written to a JSON after each, so that an interrupted run goes on where i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
 import importlib.metadata
@@ -18,11 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.verify.check import examined, on_meta, short, whole
+from tp_plugin.verify.complete import complete
 from tp_plugin.verify.ranks import Launch
+from tp_plugin.verify.scale import configs_in
 from tp_plugin.verify.specimen import architectures, class_named, config_for
 
 LIBRARIES = ("tp-plugin", "torch", "transformers")
@@ -43,9 +47,10 @@ class Row:
         sentence: why the verdict is not "equal".
         errors: relative errors of the small copy by quantity.
         worst: the parameter whose gradient differs most.
-        measured_on: "default config" or "small copy": what the next five are of.
+        measured_on: "default config", "completed config" (see ``complete.py``) or "small copy": what the next five are of.
         parameters, fraction, mean, source, replicated: as in :class:`~tp_plugin.verify.check.Whole`.
         unreached: placed modules that the copy's inputs did not reach.
+        precision: of the comparison.
         note: why it was not measured on the default config.
         versions: of the libraries it was found with.
         date: when.
@@ -67,6 +72,7 @@ class Row:
     source: str = ""
     replicated: dict[str, float] = dataclasses.field(default_factory=dict)
     unreached: list[str] = dataclasses.field(default_factory=list)
+    precision: str = ""
     note: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     date: str = ""
@@ -143,18 +149,29 @@ def _on_this_rank(model_type: str, kind: str, class_name: str, tp: int) -> dict[
     model_class = class_named(class_name)
     config = config_for(model_class, AutoConfig.for_model(model_type))
     found, options = examined(model_class, config, options, ParallelMesh.create(tp))
-    row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached")}
+    row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached", "precision")}
     row |= {"fraction": found.fraction, "measured_on": "small copy"}
     if dist.get_rank() == 0:
+        row |= _full_size(model_class, config, options)
+    return row
+
+
+def _full_size(model_class: type[nn.Module], config: Any, options: TensorParallelConfig) -> dict[str, Any]:
+    """What the fullest rank would hold of the default config; where that cannot be built, of it made complete."""
+    note = ""
+    for measured_on in ("default config", "completed config"):
         try:
             full = whole(on_meta(model_class, config), options)
-            row |= {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source", "replicated")}
-            row["measured_on"] = "default config"
-            if full.refused:
-                row |= {"verdict": "refused", "sentence": full.refused}
         except Exception as failure:
-            row["note"] = f"its default config cannot be built: {short(failure)}"
-    return row
+            note = note or f"its default config cannot be built: {short(failure)}"
+            config = copy.deepcopy(config)
+            for part in configs_in(config):
+                complete(part)
+            continue
+        row = {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source", "replicated")}
+        row |= {"measured_on": measured_on, "note": note}
+        return row | ({"verdict": "refused", "sentence": full.refused} if full.refused else {})
+    return {"note": note}
 
 
 def _last_line(text: str) -> str:

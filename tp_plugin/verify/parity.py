@@ -29,6 +29,8 @@ from tp_plugin.verify.specimen import Specimen
 
 LIMITS = {"loss": 1e-5, "logits": 1e-4, "gradient": 1e-4}
 """Largest relative errors that still count as equal in fp32."""
+ROUNDING = 100.0
+"""Errors up to so many limits may be rounding, which some models amplify; whether they are, float64 shows."""
 FLOOR = 1e-3
 """A gradient's error is measured against its own norm, or this share of the whole gradient's if that is more: some
 gradients are zero but for rounding (a key bias moves all scores of a softmax alike)."""
@@ -55,6 +57,7 @@ class Parity:
         worst: the parameter whose gradient differs most.
         fraction: parameters of the fullest rank over all, of the small model.
         unreached: folded names of placed modules that the inputs did not reach, so that nothing is known of them.
+        precision: of the comparison; "float64" where float32 amplified rounding beyond the limits.
     """
 
     verdict: str
@@ -63,6 +66,7 @@ class Parity:
     worst: str = ""
     fraction: float = 1.0
     unreached: list[str] = dataclasses.field(default_factory=list)
+    precision: str = "float32"
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Run:
@@ -77,7 +81,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Run:
             raise TensorParallelError(f"{type(model).__name__} returns neither a loss nor logits.")
         loss = logits.float().square().mean()
     with torch.no_grad():
-        whole = None if logits is None else materialise_outputs(logits).detach().float()
+        whole = None if logits is None else materialise_outputs(logits).detach()
     loss.sum().backward()
     return Run(
         float(loss.detach().sum()),
@@ -110,7 +114,12 @@ def examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMesh
     """
     device = comm_device(mesh.tp_group)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return _examine(specimen, config, mesh, device)
+        found = _examine(specimen, config, mesh, device)
+        if found.verdict == "differs" and all(found.errors[n] <= ROUNDING * limit for n, limit in LIMITS.items()):
+            precise = _examine(dataclasses.replace(specimen, dtype=torch.float64), config, mesh, device)
+            if precise.verdict == "equal":  # it was rounding: a wrong sum would not go away
+                return dataclasses.replace(precise, precision="float64")
+        return found
 
 
 def _examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMesh, device: torch.device) -> Parity:
@@ -126,10 +135,9 @@ def _examine(specimen: Specimen, config: TensorParallelConfig, mesh: ParallelMes
         ours = run(model, inputs)
     except Exception as failure:
         raised_in = _module_of(failure.__traceback__, model)
-        text = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"[:300]
-        return Parity(
-            "broken", sentence=f"in {blame(raised_in, record.plan)} sharded: {text}", fraction=record.fraction()
-        )
+        text = f"{type(failure).__name__}: {' '.join(str(failure).splitlines()[:1])}"[:300]
+        sentence = f"in {blame(raised_in, record.plan)} sharded: {text}"
+        return Parity("broken", sentence=sentence, fraction=record.fraction())
     unreached = _unreached(truth, record.plan)
     errors, worst = _worst_of_all(*compare(truth, ours, record.layouts, mesh.tp_rank), mesh)
     if not excess(errors):

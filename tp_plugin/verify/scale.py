@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tp_plugin.verify.complete import complete, explicit_sections, join
+
 PRIMES = (131, 137, 139, 149, 151, 157, 163, 167)
 """Vocabularies of the copy: no tensor-parallel degree divides them."""
 MOST_LAYERS = 8
@@ -39,10 +41,6 @@ _NO_WIDTH = re.compile(
 )
 _EXPERTS = re.compile(r"n_routed_experts|num_experts|num_local_experts|moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-_LEFT_OPEN = {
-    "vocab_size": 131, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "pad_token_id": 0,
-}  # fmt: skip
 _TOKEN_ID = re.compile(r"\w*(token_ids?|token_index|_index|_id|_idx)")
 _PERIOD = re.compile(
     r"\w*(layer\w*(period|interval|freq|step|group_size)|every_n_layers|sparse_step|interval|frequency)"
@@ -70,9 +68,12 @@ def scaled(config: Any, *, widths: bool = True, vocabulary: bool = True) -> Any:
     small = copy.deepcopy(config)
     parts = list(configs_in(small))
     for part in parts:
-        _complete(part)
+        complete(part)
+    for part in parts:
+        if len(parts) > 1 and "vision" in part.model_type:
+            join(part, small.get_text_config())
         if len(parts) > 1:
-            _explicit_sections(part)
+            explicit_sections(part)
         _fewer_layers(part)
         _fewer_experts(part)
         _no_randomness(part)
@@ -176,31 +177,17 @@ def _no_randomness(config: Any) -> None:
 
 
 def _hiddens(config: Any) -> list[int]:
-    return [v for name in _HIDDEN if type(v := vars(config).get(name)) is int and v > 0]
-
-
-def _complete(config: Any) -> None:
-    """What a class's defaults leave open and its model cannot do without; every checkpoint says it."""
     fields = vars(config)
-    for name, value in _LEFT_OPEN.items():
-        if fields.get(name, 0) is None:
-            fields[name] = value
-    if fields.get("num_key_value_heads", 0) is None and type(fields.get("num_attention_heads")) is int:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if config.model_type == "xmod":
-        fields["default_language"] = fields.get("default_language") or fields["languages"][0]
-    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if type(heads) is int and type(hidden) is int and 0 < heads <= hidden and fields.get("head_dim", 0) is None:
-        fields["head_dim"] = hidden // heads
-    elif type(heads) is int and type(hidden) is int and heads > 0 and hidden % heads and "head_dim" not in fields:
-        fields["head_dim"] = (hidden // heads + 15) // 16 * 16
+    names = ("embed_dim",) if {"embed_dim", "patch_size"} <= fields.keys() else _HIDDEN
+    return [v for name in names if type(v := fields.get(name)) is int and v > 0]
 
 
 def _factor(config: Any) -> int:
     """What every width is divided by: it leaves an even head size of eight or a little more; 1 if unknown."""
     fields = vars(config)
     heads = [v for name, v in fields.items() if _HEADS.fullmatch(name) and type(v) is int and v > 0]
-    hidden = next((fields[name] for name in _HIDDEN if type(fields.get(name)) is int and fields[name] > 0), None)
+    names = ("embed_dim", *_HIDDEN) if "patch_size" in fields else _HIDDEN
+    hidden = next((fields[name] for name in names if type(fields.get(name)) is int and fields[name] > 0), None)
     sizes = [v for name, v in fields.items() if _HEAD_DIM.fullmatch(name) and type(v) is int and v > 0]
     sizes += [hidden // n for n in heads if hidden and hidden % n == 0 and not fields.get("head_dim")]
     if hidden is None:
@@ -219,18 +206,6 @@ def _factor(config: Any) -> int:
         and all(i % f == 0 for section in sections for i in section)
     ]
     return max(fits, default=1)
-
-
-def _explicit_sections(config: Any) -> None:
-    """Multimodal rotary sections that a Qwen-like text model takes for granted at 128 dimensions a head."""
-    fields = vars(config)
-    rope = fields.get("rope_parameters")
-    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if not (isinstance(rope, dict) and "rope_theta" in rope and heads and hidden and "vocab_size" in fields):
-        return
-    if (fields.get("head_dim") or hidden // heads) == 128:
-        share = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
-        rope.setdefault("mrope_section", [int(n * share) for n in (16, 24, 24)])
 
 
 def _rope_dicts(fields: dict[str, Any]) -> list[dict[str, Any]]:

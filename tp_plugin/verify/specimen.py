@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from tp_plugin.errors import TensorParallelError
+from tp_plugin.verify.images import with_pictures
 from tp_plugin.verify.scale import configs_in
 
 ROWS, LENGTH = 2, 12
@@ -79,22 +81,24 @@ class Specimen:
     Attributes:
         model_class: called with ``config``.
         config: a scaled config, or whatever the class takes.
-        variant: which of :meth:`candidates` the model is fed.
+        variant: which of :func:`candidates` the model is fed.
+        dtype: of its parameters and floating-point inputs.
     """
 
     model_class: type[nn.Module]
     config: Any
     variant: int = 0
+    dtype: torch.dtype = torch.float32
 
     def build(self) -> nn.Module:
-        """In fp32 on the CPU, training, no parameter left at a value that hides bugs (zero biases, unit norms)."""
+        """On the CPU, training, no parameter left at a value that hides bugs (zero biases, unit norms)."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            model = self.model_class(self.config).float()
+            model = self.model_class(self.config).to(self.dtype)
             with torch.no_grad():
                 for index, param in enumerate(model.parameters()):
                     noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(index))
-                    param.add_(NOISE * noise)
+                    param.add_((NOISE * noise).to(self.dtype))
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
@@ -104,14 +108,22 @@ class Specimen:
         """Keyword arguments of ``model.forward``, with labels."""
         for index, found in enumerate(candidates(model)):
             if index == self.variant:
-                return found
+                return {
+                    name: value.to(self.dtype)
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()
+                    else value
+                    for name, value in found.items()
+                }
         raise IndexError(f"no variant {self.variant}")
 
 
 def candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Inputs a model may want, the plainest first; the first that runs unsharded is the one used."""
+    """Inputs a model may want, the most telling first; the first that runs unsharded is the one used."""
     takes = inspect.signature(model.forward).parameters
     base = _audio(model, takes) or _text(model, takes)
+    with contextlib.suppress(Exception):  # somebody else's model may want its pictures otherwise
+        if (seeing := with_pictures(model, base)) is not None:
+            yield seeing
     yield base
     shape = base["input_ids"].shape if "input_ids" in base else (ROWS, LENGTH)
     zeros = torch.zeros(shape, dtype=torch.long)

@@ -49,8 +49,8 @@ rank.**
 def _line(row: Row) -> str:
     figures = [f"{row.errors[name]:.0e}" if name in row.errors else "" for name in LIMITS]
     share = f"{row.fraction:.1%}" if row.source or row.verdict == "equal" else ""
-    if row.measured_on == "small copy" and share:
-        share += " (copy)"
+    if share and row.measured_on != "default config":
+        share += f" ({row.measured_on.removesuffix(' config')})"
     cells = (row.model_type, row.class_name, row.source, share, *figures, _WORDS[row.verdict], _remarks(row))
     return "| " + " | ".join(cells) + " |"
 
@@ -63,6 +63,8 @@ def _remarks(row: Row) -> str:
     if row.unreached:
         shown = ", ".join(f"`{name}`" for name in row.unreached[:3]) + (" ..." if len(row.unreached) > 3 else "")
         said += [f"not reached by the inputs: {shown}"]
+    if row.precision == "float64":
+        said += ["compared in float64, float32 amplifies rounding beyond the limits"]
     if row.note:
         said += [_cell(row.note)]
     return "; ".join(said)
