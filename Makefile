@@ -1,5 +1,6 @@
 # make quickstart   a Llama trained tensor parallel on four CPU processes, from nothing
 # make test         every test that runs without an accelerator
+# make test-gpu     those that need one
 # make lint         ruff, mypy, the floors of the package
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv quickstart test test-matrix lint format
+.PHONY: venv quickstart test test-matrix test-gpu lint format
 
 venv: $(INSTALLED)
 
@@ -33,6 +34,9 @@ test: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python -m pytest tests integration -m slow
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -55,6 +55,9 @@ FAST: dict[tuple[int, int], list[dict]] = {
     (4, 2): [{"family": name, "stage": 2} for name in TEN],
     (4, 4): [{"family": name, "stage": 1} for name in TEN],
 }
+# its MLPs keep what exceeds a threshold made of mean and deviation: rounding turns features on and off, and the error
+# of the update grows from step to step while every gradient of the first is exact
+LOOSER = {"gemma3n": {"update": 1e-3}}
 CANNOT = {(4, "codegen")}  # eight heads in fours on each of four ranks; refused, see tests/plans
 SLOW: dict[tuple[int, int], list[dict]] = {
     (world, tp): [
@@ -88,8 +91,9 @@ def check(world: int, tp: int, index: int, slow: bool) -> None:
     for rank, results in enumerate(launched(world, tp, slow)):
         errors = results[index]
         assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
-        above = {name: value for name, value in errors.items() if not value <= LIMITS[name]}
-        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
+        limits = LIMITS | LOOSER.get((SLOW if slow else FAST)[world, tp][index]["family"], {})
+        above = {name: value for name, value in errors.items() if not value <= limits[name]}
+        assert not above, f"rank {rank}: {above} exceed {limits}"
 
 
 @pytest.mark.parametrize(("world", "tp", "index"), parameters(FAST))

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from tests.support.ranks import ROOT
@@ -77,7 +78,7 @@ def loads_plainly(directory: Path) -> None:
 
 
 def test_every_example_is_run_and_short():
-    assert set(BLOCKS) == {"recipe", "deepspeed", "script"}
+    assert set(BLOCKS) == {"recipe", "deepspeed", "script", "loss"}
     assert len(re.findall(r"```(?:python|yaml)", README)) == len(BLOCKS)
     for example in BLOCKS.values():
         assert example.count("\n") <= 30
@@ -105,6 +106,23 @@ def test_script_example(place):
     (place / "train.py").write_text(script)
     run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "train.py", "tiny")
     loads_plainly(place / "outputs/script")
+
+
+def test_loss_example(tmp_path):
+    from tp_plugin.loss import reference_cross_entropy
+
+    (tmp_path / "loss.py").write_text(BLOCKS["loss"].replace("init_process_group()", 'init_process_group("gloo")'))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loss.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    torch.manual_seed(0)
+    hidden, labels, weight = torch.randn(64, 32), torch.randint(0, 1000, (64,)), torch.randn(1000, 32)
+    loss, stats = reference_cross_entropy(hidden, weight, labels, label_smoothing=0.1, z_loss=1e-4)
+    printed = [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
+    assert len(printed) == 2
+    for line in printed:
+        assert line == pytest.approx([loss.item(), stats.entropy.mean().item()], rel=1e-5)
 
 
 def free_port() -> int:

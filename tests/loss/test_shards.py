@@ -183,3 +183,19 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TensorParallelError, match="no second derivative"):
         torch.autograd.grad(L.entropy(x).sum(), x, create_graph=True)
     assert torch.equal(L.cross_entropy(x, labels), F.cross_entropy(x, labels))
+
+
+def test_compiled_code_leaves_them_to_python():
+    hidden, weight, _, labels = problem()
+
+    @torch.compile(backend="eager")
+    def step(h, w, y):
+        logits = (h * 2) @ w.T
+        return L.linear_cross_entropy(h * 2, w, y) + L.cross_entropy(logits, y) + L.entropy(logits).mean()
+
+    h = hidden.requires_grad_()
+    ours = step(h, weight, labels)
+    logits = (h * 2) @ weight.T
+    plain = 2 * F.cross_entropy(logits, labels) + torch.special.entr(logits.softmax(1)).sum(1).mean()
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours, h), torch.autograd.grad(plain, h))

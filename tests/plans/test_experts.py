@@ -68,9 +68,7 @@ def test_partial_results_add_up(kind, width, tp):
     torch.testing.assert_close(total, module(hidden, index, weights))
 
 
-@pytest.mark.parametrize(
-    ("width", "tp", "held"), [(32, 4, [8] * 4), (24, 2, [16, 8]), (7, 2, [4, 3])]
-)
+@pytest.mark.parametrize(("width", "tp", "held"), [(32, 4, [8] * 4), (24, 2, [16, 8]), (7, 2, [4, 3])])
 def test_grouped_mm_gets_rows_of_whole_16_bytes(width, tp, held):
     layouts = place_experts("experts", experts_of("mixtral", width).float(), RULE, tp, "grouped_mm").layouts
     assert [layouts["down_proj"].local_size(rank) for rank in range(tp)] == held
@@ -125,3 +123,35 @@ def test_shared_experts_with_dropout_keep_a_region_of_their_own():
     plan = plan_for(model, 2)
     assert plan.mixtures[0].shared == ()
     assert "model.layers.1.mlp.shared_experts" in [region.block for region in plan.regions]
+
+
+def test_a_gate_is_a_door_only_where_it_scales_a_partial_result():
+    plan = plan_for(make("Qwen2Moe"), 2)
+    assert plan.names("enter") == [f"model.layers.{layer}.mlp.shared_expert_gate" for layer in (0, 1)]
+    model = make("Qwen2Moe")
+    model.model.layers[1].mlp.shared_expert.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+    assert plan_for(model, 2).names("enter") == ["model.layers.0.mlp.shared_expert_gate"]
+
+
+def test_a_block_with_a_whole_shared_expert_does_not_sum():
+    own = {f"model.layers.*.mlp.shared_experts.{name}_proj": "replicated" for name in ("gate", "up", "down")}
+    (mixture,) = plan_for(make("DeepseekV3"), 2, own).mixtures
+    assert not mixture.shared
+    assert not mixture.summed
+    model = make("DeepseekV3")
+    model.model.layers[1].mlp.shared_too = nn.Linear(4, 4)
+    (mixture,) = plan_for(model, 2).mixtures
+    assert mixture.shared
+    assert not mixture.summed
+
+
+def test_doors_are_left_out_where_you_keep_what_is_behind_them_whole():
+    assert len(plan_for(make("DeepseekV3"), 2).names("latent")) == 2
+    names = ("q_b_proj", "kv_b_proj", "o_proj")
+    own = {f"model.layers.*.self_attn.{name}": "replicated" for name in names}
+    assert plan_for(make("DeepseekV3"), 2, own).names("latent") == []
+    whole = {f"model.layers.*.self_attn.{name}_proj": "replicated" for name in "qkvo"}
+    assert len(plan_for(make("Qwen3Moe"), 2).names("partial")) == 4
+    assert plan_for(make("Qwen3Moe"), 2, whole).names("partial") == []
+    assert len(plan_for(make("LongcatFlash"), 2).names("first")) == 1
+    assert plan_for(make("LongcatFlash"), 2, {"model.layers.*.mlp.experts": "replicated"}).names("first") == []

@@ -58,6 +58,7 @@ def balance():
     found = {}
     for family in NAMED:
         record = sharded(family).tp_sharding
+        assert f"{len(record.plan.mixtures)} mixtures of experts sharded inside" in record.summary()
         held = [record.numel(rank) for rank in range(2)]
         found[family] = max(held) / (sum(held) / 2), record.fraction()
     return found
@@ -173,6 +174,22 @@ def late_change():
     return model.get_experts_implementation()[""], refusals
 
 
+def compiled():
+    """Compiled training forwards give the loss and the gradients of one process that is not compiled."""
+    for family in ("Qwen2Moe", "GptOss", "DeepseekV3"):
+        data, plain, ours = batch(0, 2), make(family).train(), sharded(family)
+        loss = torch.compile(ours, backend="aot_eager")(**data).loss
+        loss.backward()
+        truth = plain(**data).loss
+        truth.backward()
+        torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
+        wanted = dict(plain.named_parameters())
+        for name, param in ours.named_parameters():
+            layout = getattr(param, "tp_layout", None)
+            grad = wanted[name].grad if layout is None else layout.shard(wanted[name].grad, dist.get_rank())
+            torch.testing.assert_close(param.grad, grad, rtol=1e-3, atol=1e-5, msg=f"{family}: {name}")
+
+
 RUN = (
     "mixtral",
     "qwen2_moe",
@@ -183,6 +200,7 @@ RUN = (
     "generation",
     "cache",
     "late_change",
+    "compiled",
 )
 REFUSED = {
     "too_narrow": r"model.layers.0.mlp.experts.* 1, fewer than the 2 ranks; choose .*autotp_size at most 1",
@@ -240,6 +258,10 @@ def test_generation_gives_the_tokens_of_one_process():
 def test_the_cache_holds_this_ranks_heads_or_the_latent():
     for found in values(results(), "cache"):
         assert found == {"Qwen2Moe": [2, 1], "DeepseekV3": [12, 12]}
+
+
+def test_compiled_mixtures_equal():
+    values(results(), "compiled")
 
 
 def test_a_late_change_of_the_implementation_is_checked():

@@ -149,6 +149,14 @@ ZOO: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         CAUSAL,
     ),
+    "gpt_neox_japanese": (
+        "GPTNeoXJapaneseForCausalLM",
+        "GPTNeoXJapaneseConfig",
+        ATTENTION | {"num_hidden_layers": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        CAUSAL,
+    ),
+    "persimmon": ("PersimmonForCausalLM", "PersimmonConfig", NEOX, CAUSAL),
+    "mpnet": ("MPNetForMaskedLM", "MPNetConfig", BERT, MASKED),
     "bert to gpt2": ("EncoderDecoderModel", "EncoderDecoderConfig", {}, SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, SPEECH),
 }  # fmt: skip

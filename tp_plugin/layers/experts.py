@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tp_plugin.collectives import reduce_from_region
+from tp_plugin.errors import NO_FULLGRAPH
 from tp_plugin.layers.partial import add_once
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
@@ -47,10 +48,14 @@ class ParallelExperts(nn.Module):
         self.tp_mesh, self.tp_layouts, self.tp_once, self.tp_partial = mesh, layouts, tuple(once), partial
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        out = self._tp_biased(*args, **kwargs) if self.tp_once else super().forward(*args, **kwargs)
+        return out if self.tp_partial else reduce_from_region(out, self.tp_mesh.tp_group)
+
+    @torch.compiler.disable(reason=NO_FULLGRAPH)
+    def _tp_biased(self, *args: object, **kwargs: object) -> torch.Tensor:
         group = self.tp_mesh.tp_group
         with _stood_in(self, {name: add_once(getattr(self, name), group) for name in self.tp_once}):
-            out = super().forward(*args, **kwargs)
-        return out if self.tp_partial else reduce_from_region(out, group)
+            return super().forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         rank = f"{self.tp_mesh.tp_rank + 1}/{self.tp_mesh.tp_size}"

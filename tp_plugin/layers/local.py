@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,19 +41,22 @@ def set_local(module: nn.Module, attribute: str, value: int) -> None:
 
 
 def slice_heads(module: nn.Module, argument: str, heads: int, held: Sequence[int]) -> None:
-    """Give ``module`` only its own heads of a keyword argument: ``[batch, heads, ...]`` or ``[batch * heads, ...]``.
+    """Give ``module`` only its own heads of an argument: ``[batch, heads, ...]`` or ``[batch * heads, ...]``.
 
     A tensor of four dimensions with one entry for all heads is left as it is.
     """
+    names = list(inspect.signature(module.forward).parameters)
+    place = names.index(argument) if argument in names else len(names)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if argument not in kwargs:
-            raise TensorParallelError(
-                f"{type(module).__name__} is no longer called with the keyword {argument!r}, whose heads tp-plugin has "
-                "to slice: the installed transformers is not the one its rules were written for, use the version in "
-                "constraints.txt."
-            )
-        return args, kwargs | {argument: _own(kwargs[argument], heads, held)}
+        if argument in kwargs:
+            return args, kwargs | {argument: _own(kwargs[argument], heads, held)}
+        if place < len(args):
+            return (*args[:place], _own(args[place], heads, held), *args[place + 1 :]), kwargs
+        raise TensorParallelError(
+            f"{type(module).__name__} is no longer called with {argument!r}, whose heads tp-plugin has to slice: the "
+            "installed transformers is not the one its rules were written for, use the version in constraints.txt."
+        )
 
     module.register_forward_pre_hook(before, with_kwargs=True)
 

@@ -64,8 +64,10 @@ def _gather(func, logits, args, kwargs):
         return NotImplemented
     if index.shape[:-1] != logits.shape[:-1] or not 0 < index.shape[-1] <= FEW or index.device != logits.device:
         return NotImplemented
-    vocabulary = logits.shape[-1]
-    if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < vocabulary:
+    inside = (index >= 0) & (index < logits.shape[-1])
+    if index.device.type != "cpu":
+        torch._assert_async(inside.all(), "an index of gather lies outside the vocabulary")
+    elif not inside.all():
         return NotImplemented  # for torch's own error
     if not logits._recipe.normalised:
         return values.selected(logits, index).to(logits.dtype)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tp_plugin.collectives import copy_to_region, gather_from_region
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
 from tp_plugin.loss import chunked, implementations
 from tp_plugin.loss.checks import check_labels, head_problem, vocab_of
 from tp_plugin.loss.job import Job, TokenStats, Upstream
@@ -19,6 +19,7 @@ from tp_plugin.loss.reference import Stats, cap, loss_of_logits
 from tp_plugin.loss.vocab import VocabShard
 
 
+@torch.compiler.disable(reason=NO_FULLGRAPH)
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
 from tp_plugin.loss.checks import check_labels, rows_problem, vocab_of
 from tp_plugin.loss.parts import Options
 from tp_plugin.loss.reference import Stats
@@ -22,6 +22,7 @@ from tp_plugin.loss.shard_nodes import Rows, Softmax, TopKOfShards
 from tp_plugin.loss.vocab import VocabShard
 
 Group = dist.ProcessGroup | None
+_eager = torch.compiler.disable(reason=NO_FULLGRAPH)
 
 
 class TopK(NamedTuple):
@@ -31,6 +32,7 @@ class TopK(NamedTuple):
     indices: torch.Tensor
 
 
+@_eager
 def cross_entropy(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -80,6 +82,7 @@ def cross_entropy(
     return (loss, stats) if return_stats else loss
 
 
+@_eager
 def logprobs_of(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -93,6 +96,7 @@ def logprobs_of(
     return _stats(logits, labels, group, vocab_size, vocab, ignore_index).logprobs
 
 
+@_eager
 def entropy(
     logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
 ) -> torch.Tensor:
@@ -100,6 +104,7 @@ def entropy(
     return _stats(logits, None, group, vocab_size, vocab).entropy
 
 
+@_eager
 def parallel_log_softmax(
     logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
 ) -> torch.Tensor:
@@ -107,6 +112,7 @@ def parallel_log_softmax(
     return Softmax.apply(logits, _vocab(logits, group, vocab_size, vocab), True)
 
 
+@_eager
 def parallel_softmax(
     logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
 ) -> torch.Tensor:
@@ -114,6 +120,7 @@ def parallel_softmax(
     return Softmax.apply(logits, _vocab(logits, group, vocab_size, vocab), False)
 
 
+@_eager
 def argmax(
     logits: torch.Tensor, *, group: Group = None, vocab_size: int | None = None, vocab: VocabShard | None = None
 ) -> torch.Tensor:
@@ -121,6 +128,7 @@ def argmax(
     return topk(logits.detach(), 1, group=group, vocab_size=vocab_size, vocab=vocab).indices.squeeze(-1)
 
 
+@_eager
 def topk(
     logits: torch.Tensor,
     k: int,

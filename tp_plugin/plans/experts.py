@@ -128,11 +128,19 @@ def join_mixtures(
     for name in experts:
         block = name.rpartition(".")[0]
         shared = [region for region in left if _is_shared(region, block, modules)]
-        summed = block in matched and matched[block].style == p.SUM and bool(shared)
         left = [region for region in left if region not in shared]
         names = tuple(region.block for region in shared)
+        adds = block in matched and matched[block].style == p.SUM
+        summed = adds and bool(shared) and _all_partial(block, names, matched, modules)
         mixtures.append(MixturePlan(block, name, names, tuple(region.row for region in shared), summed))
     return mixtures, left
+
+
+def _all_partial(block: str, shared: Sequence[str], matched: Mapping[str, Rule], modules: Mapping[str, Any]) -> bool:
+    """Whether everything shared in ``block`` gives partial results, or scales them: a whole one would be summed too."""
+    found = [f"{block}.{leaf}" for leaf, child in modules[block].named_children() if leaf.startswith("shared")]
+    scales = {name for name, rule in matched.items() if rule.style == p.ENTER}
+    return all(name in shared or name in scales or next(modules[name].parameters(), None) is None for name in found)
 
 
 def _is_shared(region: RegionPlan, block: str, modules: Mapping[str, Any]) -> bool:

@@ -77,7 +77,7 @@ class Rule:
         local: attributes of the column's parent that its forward reads as sizes of this rank's tensors, each with what
             it counts, one of :data:`QUANTITIES`. ``config.x`` gives the module a view of its config in which ``x`` is
             local. Empty: well-known names of head counts, where the parent has them.
-        inputs: keyword arguments of the column's parent that come with an entry for each query head (ALiBi).
+        inputs: arguments of the column's parent that come with an entry for each query head (ALiBi).
         dim: the dimension of a per-head parameter that has an entry for each head.
         equivalent: its forward is that of ``nn.Linear`` in other words, and may be replaced.
         optional: not every model of the family has it.

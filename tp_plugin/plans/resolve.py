@@ -6,7 +6,7 @@ Nothing is touched here. The model may be on ``meta``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from tp_plugin.plans.experts import check_implementation, join_mixtures, place_e
 from tp_plugin.plans.infer import infer
 from tp_plugin.plans.latent import LatentAttention, is_latent, shared_key
 from tp_plugin.plans.match import Modules, by_region, match, vocabulary
-from tp_plugin.plans.plan import Placement, Plan, RegionPlan, Rule
+from tp_plugin.plans.plan import MixturePlan, Placement, Plan, RegionPlan, Rule
 from tp_plugin.plans.registry import describes, rules_for
 
 FOLLOWERS = (p.WIDE_NORM, p.EACH_HEAD, p.PER_HEAD)
@@ -68,7 +68,36 @@ def plan_for(
     checks.require_tied_alike(modules, placements, matched)
     checks.require_nothing_forgotten(regions, placements, matched, whole)
     mixtures, regions = join_mixtures(experts, regions, matched, modules)
+    placements = _without_idle_sums(placements, mixtures, regions)
     return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused), tuple(mixtures))
+
+
+def _without_idle_sums(
+    placements: Mapping[str, Placement], mixtures: Sequence[MixturePlan], regions: Sequence[RegionPlan]
+) -> dict[str, Placement]:
+    """Sums over the ranks only where something is partial: what lies in a block you keep whole has whole gradients.
+
+    Style ``enter`` counts in blocks that sum at their end, ``first`` in sharded experts, ``latent`` and ``partial`` in
+    regions, ``partial`` also beside regions that are given something for each head (MPNet's position bias is made once,
+    by the encoder); a ``partial`` of yours counts wherever you put it.
+    """
+    blocks = {region.block for region in regions}
+    given = {region.block for region in regions if region.inputs}
+    experts = {mixture.experts for mixture in mixtures}
+    summed = {mixture.block for mixture in mixtures if mixture.summed}
+
+    def counts(placement: Placement) -> bool:
+        if placement.style == p.ENTER:
+            return placement.name.rpartition(".")[0] in summed
+        if placement.style == p.FIRST:
+            return placement.name.rpartition(".")[0] in experts
+        if placement.style == p.LATENT or (placement.style == p.PARTIAL and placement.source != "yours"):
+            parent = placement.name.rpartition(".")[0]
+            beside = placement.style == p.PARTIAL and any(not parent or b.startswith(f"{parent}.") for b in given)
+            return beside or any(not block or placement.name.startswith(f"{block}.") for block in blocks)
+        return True
+
+    return {name: placement for name, placement in placements.items() if counts(placement)}
 
 
 def _place_region(

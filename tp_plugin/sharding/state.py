@@ -58,6 +58,7 @@ class Sharding:
         words = {p.VOCAB_EMBEDDING: "embedding", p.VOCAB_HEAD: "head"}
         vocab = " and ".join(word for style, word in words.items() if self.plan.names(style))
         parts = [f"tp={self.mesh.tp_size} dp={self.mesh.dp_size}{zero}", "{}/{} linears sharded".format(*self.linears)]
+        parts += [f"{len(self.plan.mixtures)} mixtures of experts sharded inside"] if self.plan.mixtures else []
         parts += [f"{vocab} vocab-parallel"] if vocab else []
         parts += [f"{self.fraction():.0%} of the parameters per rank"]
         return ", ".join(parts)

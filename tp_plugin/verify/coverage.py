@@ -17,7 +17,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -207,7 +206,4 @@ def chosen(only: str | None) -> list[str]:
 
 def environment() -> str:
     """The versions in a line."""
-    return (
-        ", ".join(f"{name} {version}" for name, version in versions().items())
-        + f", on {torch.get_num_threads()} CPU threads"
-    )
+    return ", ".join(f"{name} {version}" for name, version in versions().items()) + " on a CPU"

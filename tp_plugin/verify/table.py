@@ -28,12 +28,13 @@ Do not edit.
 
 Every architecture of transformers that has a language-model, sequence-classification or vision-language head, with its
 class's default config. A copy of that config with the same head counts and flags, but few layers, narrow widths and a
-vocabulary that no degree divides, is run in fp32 by one process and by {tp} ranks: the relative errors of loss, logits
-and of the worst parameter's gradient must be within {limits}. "Largest rank" is the share of the parameters that the
-fullest rank holds, by the plan of the default config itself.
+vocabulary that no degree divides, is run in fp32 by one process and by {tp} ranks: the relative errors of the loss, the
+logits and the worst parameter's gradient must be within {limits}.
+"Largest rank" is the share of the parameters that the fullest rank holds, by the plan of the default config itself;
+"(completed)" where the defaults leave open what every checkpoint says, "(small copy)" where they cannot be built at all.
 
-**{len(rows)} architectures: {words}. {many} pass with at most {COUNTS_UP_TO:.0%} of their parameters on the largest
-rank.**
+**{len(rows)} architectures: {words}. {many} pass with at most {COUNTS_UP_TO:.0%} of their parameters on the
+largest rank.**
 
 """
     lines = [

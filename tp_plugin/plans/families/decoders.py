@@ -78,6 +78,13 @@ def gemma3n(model: Any) -> tuple[Rule, ...]:
     return (tables, *whole, *from_transformers.rules_of(model))
 
 
+@register_family("gemma4_text")
+def gemma4(model: nn.Module) -> tuple[Rule, ...]:
+    """As HF has it, and the embeddings of each layer are a vocabulary's too."""
+    tables = Rule("**.embed_tokens_per_layer", p.VOCAB_EMBEDDING, optional=True)
+    return (tables, *from_transformers.rules_of(model))
+
+
 @register_family("stablelm")
 def stablelm(_model: nn.Module) -> tuple[Rule, ...]:
     local = (("num_heads", p.QUERY_HEADS), ("num_key_value_heads", p.KV_HEADS), ("num_key_value_groups", p.GROUPS))

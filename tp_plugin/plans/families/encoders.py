@@ -31,6 +31,22 @@ def bert(_model: nn.Module) -> tuple[Rule, ...]:
     )
 
 
+@register_family("mpnet")
+def mpnet(_model: nn.Module) -> tuple[Rule, ...]:
+    """The encoder makes a bias for every head, of which each layer's attention takes its rank's."""
+    local = (("num_attention_heads", p.QUERY_HEADS), ("all_head_size", p.QUERY_WIDTH))
+    return (
+        Rule("**.attention.attn.q", p.COLUMN, local=local, inputs=("position_bias",)),
+        Rule("**.attention.attn.k", p.COLUMN),
+        Rule("**.attention.attn.v", p.COLUMN),
+        Rule("**.attention.attn.o", p.ROW),
+        Rule("**.relative_attention_bias", p.PARTIAL),
+        Rule("**.layer.*.intermediate.dense", p.COLUMN, up=2),
+        Rule("**.layer.*.output.dense", p.ROW, up=2),
+        Rule("**.layer.*.*.LayerNorm", p.REPLICATED),
+    )
+
+
 @register_family("modernbert")
 def modernbert(_model: nn.Module) -> tuple[Rule, ...]:
     return (

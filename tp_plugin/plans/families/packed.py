@@ -36,6 +36,21 @@ def gpt_neox(_model: nn.Module) -> tuple[Rule, ...]:
     )
 
 
+@register_family("gpt_neox_japanese", "persimmon")
+def gpt_neox_japanese(model: Any) -> tuple[Rule, ...]:
+    persimmon = model.config.model_type == "persimmon"
+    attention, heads = ("self_attn", "num_heads") if persimmon else ("attention", "num_attention_heads")
+    return (
+        Rule(f"**.{attention}.query_key_value", p.COLUMN, role="grouped", local=((heads, p.QUERY_HEADS),)),
+        Rule(f"**.{attention}.dense", p.ROW),
+        Rule(f"**.{attention}.q_layernorm", p.PARTIAL, optional=True),  # one norm for all heads
+        Rule(f"**.{attention}.k_layernorm", p.PARTIAL, optional=True),
+        Rule(f"**.{attention}", p.REPLICATED),  # its dense_bias, which the layer adds
+        Rule("**.mlp.dense_h_to_4h", p.COLUMN),
+        Rule("**.mlp.dense_4h_to_h", p.ROW),
+    )
+
+
 @register_family("bloom")
 def bloom(model: Any) -> tuple[Rule, ...]:
     if model.config.pretraining_tp > 1 and model.config.slow_but_exact:
