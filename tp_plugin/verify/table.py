@@ -31,7 +31,7 @@ class's default config. A copy of that config with the same head counts and flag
 vocabulary that no degree divides, is run in fp32 by one process and by {tp} ranks: the relative errors of the loss, the
 logits and the worst parameter's gradient must be within {limits}.
 "Largest rank" is the share of the parameters that the fullest rank holds, by the plan of the default config itself;
-"(completed)" where the defaults leave open what every checkpoint says, "(small copy)" where they cannot be built at all.
+"(completed)" where the defaults leave open what every checkpoint says, "(small copy)" where none of it can be built.
 
 **{len(rows)} architectures: {words}. {many} pass with at most {COUNTS_UP_TO:.0%} of their parameters on the
 largest rank.**
