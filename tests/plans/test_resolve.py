@@ -8,7 +8,7 @@ from tests.support.models import FAMILIES, make
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan_for, register_family
 from tp_plugin.plans.from_transformers import STYLE_OF
-from tp_plugin.plans.plan import STYLES
+from tp_plugin.plans.plan import ADDED_ONCE, NO_RULE, STYLES
 from tp_plugin.plans.registry import _FAMILIES
 
 
@@ -66,7 +66,7 @@ def test_your_own_rules_shard_your_own_module():
     plan = plan_for(Block(), 3, RULES)
     assert plan.placements["up"].layouts["weight"].parts == (((0, 4),), ((4, 7),), ((7, 10),))
     assert plan.placements["down"].layouts["weight"].dim == 1
-    assert plan.replicated == ("down.bias",)
+    assert plan.replicated == {"down.bias": ADDED_ONCE}
 
 
 def test_packed_blocks_are_cut_each():
@@ -138,3 +138,12 @@ def test_a_forward_that_is_not_a_linears_is_refused():
     block.up = Odd(4, 10)
     with pytest.raises(TensorParallelError, match="does not call super"):
         plan_for(block, 2, RULES)
+
+
+def test_what_stays_whole_says_why():
+    reasons = set(plan_for(make("Qwen3"), 2).replicated.values())
+    assert reasons == {NO_RULE, "acts on every rank's shards"}  # the layers' norms, and those of queries and keys
+    own = {"model.layers.*.mlp.gate_proj": "replicated", "model.layers.*.mlp.up_proj": "replicated"}
+    own |= {"model.layers.*.mlp.down_proj": "replicated"}
+    plan = plan_for(make("Qwen3"), 2, own)
+    assert plan.replicated["model.layers.1.mlp.up_proj.weight"] == "whole by a rule (yours)"

@@ -91,7 +91,10 @@ def require_tied_alike(modules: Modules, placements: Mapping[str, Placement], ma
 
 
 def require_nothing_forgotten(
-    regions: Iterable[RegionPlan], placements: Mapping[str, Placement], matched: Mapping[str, Rule], whole: list[str]
+    regions: Iterable[RegionPlan],
+    placements: Mapping[str, Placement],
+    matched: Mapping[str, Rule],
+    whole: Iterable[str],
 ) -> None:
     """A module inside a sharded block, of which no rule speaks, may act on sharded tensors unnoticed."""
     for block in dict.fromkeys(region.block for region in regions):

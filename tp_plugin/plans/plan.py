@@ -47,6 +47,9 @@ REPLICATED = "replicated"
 INFERRED = "inferred"
 """The source of rules that nobody wrote."""
 
+NO_RULE, ADDED_ONCE = "no rule speaks of it", "added once, after the sum"
+"""Reasons why a parameter stays whole."""
+
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
     *(WIDE_NORM, EACH_HEAD, PER_HEAD, ALIAS, EXPERTS, SUM, ENTER, LATENT, FIRST, PARTIAL, REPLICATED),
@@ -218,7 +221,7 @@ class Plan:
         tp_size: ranks.
         placements: every module that is not simply replicated, by name.
         regions: column and row modules that belong together.
-        replicated: names of the parameters every rank holds whole.
+        replicated: the parameters every rank holds whole, by name, and why.
         unused: rules of HF's plan that hit nothing in this model.
         mixtures: experts, and the shared experts beside them, which are in no region of their own then.
     """
@@ -226,7 +229,7 @@ class Plan:
     tp_size: int
     placements: Mapping[str, Placement]
     regions: tuple[RegionPlan, ...]
-    replicated: tuple[str, ...]
+    replicated: Mapping[str, str]
     unused: tuple[Rule, ...] = ()
     mixtures: tuple[MixturePlan, ...] = ()
 

@@ -64,12 +64,12 @@ def plan_for(
             f"nothing of {type(model).__name__} would be sharded: neither transformers nor tp-plugin has rules for it; "
             "give them in the 'plan' of the tp_plugin block or with tp_plugin.plans.register_family."
         )
-    whole = _replicated(model, modules, placements)
+    whole = _replicated(model, modules, placements, matched)
     checks.require_tied_alike(modules, placements, matched)
     checks.require_nothing_forgotten(regions, placements, matched, whole)
     mixtures, regions = join_mixtures(experts, regions, matched, modules)
     placements = _without_idle_sums(placements, mixtures, regions)
-    return Plan(tp_size, placements, tuple(regions), tuple(whole), tuple(unused), tuple(mixtures))
+    return Plan(tp_size, placements, tuple(regions), whole, tuple(unused), tuple(mixtures))
 
 
 def _without_idle_sums(
@@ -195,6 +195,26 @@ def _column(name: str, rule: Rule, module: Any, layout: ShardLayout) -> Placemen
     return Placement(name, rule.style, rule.source, layouts, equivalent=rule.equivalent)
 
 
-def _replicated(model: nn.Module, modules: Modules, placements: Mapping[str, Placement]) -> list[str]:
+def _replicated(
+    model: nn.Module, modules: Modules, placements: Mapping[str, Placement], matched: Mapping[str, Rule]
+) -> dict[str, str]:
+    """Parameters that stay whole, and why."""
     sharded = {id(getattr(modules[name], leaf)) for name, pl in placements.items() for leaf in pl.layouts}
-    return [name for name, param in model.named_parameters() if id(param) not in sharded]
+    found = {}
+    for name, param in model.named_parameters():
+        if id(param) not in sharded:
+            rule = matched.get(name) or matched.get(name.rpartition(".")[0])
+            found[name] = _WHY.get(rule.style, p.ADDED_ONCE) if rule else p.NO_RULE
+            if rule and rule.style == p.REPLICATED:
+                found[name] = f"whole by a rule ({rule.source})"
+    return found
+
+
+_WHY = {
+    p.PARTIAL: "acts on every rank's shards",
+    p.ENTER: "its output goes to every rank's shards",
+    p.LATENT: "its output goes to every rank's heads",
+    p.SUM: p.NO_RULE,
+    p.FIRST: p.NO_RULE,
+}
+"""Why a parameter of a module of this style is whole; of all others it is a bias, added once."""

@@ -41,6 +41,7 @@ class Whole:
         mean: those of the average rank over all.
         source: where its rules come from.
         replicated: folded parameter name -> share of all parameters, the largest first.
+        reasons: the same names -> why.
         plan: what ``Plan.describe`` says.
         refused: why there is no plan; then the rest is empty.
     """
@@ -50,6 +51,7 @@ class Whole:
     mean: float = 1.0
     source: str = ""
     replicated: dict[str, float] = dataclasses.field(default_factory=dict)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     plan: str = ""
     refused: str = ""
 
@@ -72,6 +74,7 @@ def whole(model: nn.Module, config: TensorParallelConfig) -> Whole:
         for leaf, layout in placement.layouts.items()
     }
     kept: dict[str, int] = {}
+    reasons: dict[str, str] = {}
     total, held = 0, [0] * config.tp_size
     for name, param in model.named_parameters():
         total += param.numel()
@@ -80,8 +83,11 @@ def whole(model: nn.Module, config: TensorParallelConfig) -> Whole:
             held[rank] += param.numel() if layout is None else math.prod(layout.local_shape(rank))
         if layout is None or not layout.is_sharded:
             kept[fold(name)] = kept.get(fold(name), 0) + param.numel()
+            reasons[fold(name)] = plan.replicated.get(name, "every rank's heads need all of it")
     shares = {name: n / total for name, n in sorted(kept.items(), key=lambda item: -item[1])}
-    return Whole(total, max(held) / total, sum(held) / len(held) / total, sources(plan), shares, plan.describe())
+    return Whole(
+        total, max(held) / total, sum(held) / len(held) / total, sources(plan), shares, reasons, plan.describe()
+    )
 
 
 def sources(plan: Plan) -> str:

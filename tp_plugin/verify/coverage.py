@@ -48,8 +48,9 @@ class Row:
         sentence: why the verdict is not "equal".
         errors: relative errors of the small copy by quantity.
         worst: the parameter whose gradient differs most.
-        measured_on: what the next five are of: "default config", "completed config" (``complete.py``) or "small copy".
-        parameters, fraction, mean, source, replicated: of :class:`~tp_plugin.verify.check.Whole`, small ones left out.
+        measured_on: what the next six are of: "default config", "completed config" (``complete.py``) or "small copy".
+        parameters, fraction, mean, source, replicated, reasons: of :class:`~tp_plugin.verify.check.Whole`, without
+            small tensors.
         unreached: placed modules that the copy's inputs did not reach.
         precision: of the comparison.
         note: why it was not measured on the default config.
@@ -72,6 +73,7 @@ class Row:
     mean: float = 1.0
     source: str = ""
     replicated: dict[str, float] = dataclasses.field(default_factory=dict)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     unreached: list[str] = dataclasses.field(default_factory=list)
     precision: str = ""
     note: str = ""
@@ -171,6 +173,7 @@ def _full_size(model_class: type[nn.Module], config: Any, options: TensorParalle
             continue
         row: dict[str, Any] = {name: getattr(full, name) for name in ("parameters", "fraction", "mean", "source")}
         row["replicated"] = {name: share for name, share in full.replicated.items() if share >= WORTH_NAMING}
+        row["reasons"] = {name: full.reasons[name] for name in row["replicated"]}
         row |= {"measured_on": measured_on, "note": note}
         return row | ({"verdict": "refused", "sentence": full.refused} if full.refused else {})
     return {"note": note}

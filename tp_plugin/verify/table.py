@@ -57,8 +57,13 @@ def _line(row: Row) -> str:
 def _remarks(row: Row) -> str:
     if row.verdict != "equal":
         return _cell(row.sentence)
-    large = [f"`{name}` {share:.1%}" for name, share in row.replicated.items()]
-    said = [", ".join(large[:6]) + (f" and {len(large) - 6} more" if len(large) > 6 else "")] if large else []
+    large: dict[str, list[str]] = {}
+    for name, share in row.replicated.items():
+        large.setdefault(row.reasons[name], []).append(f"`{name}` {share:.1%}")
+    said = [
+        f"{reason}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        for reason, names in large.items()
+    ]
     if row.unreached:
         shown = ", ".join(f"`{name}`" for name in row.unreached[:3]) + (" ..." if len(row.unreached) > 3 else "")
         said += [f"not reached by the inputs: {shown}"]
