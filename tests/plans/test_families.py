@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.support import zoo
@@ -201,3 +202,14 @@ def test_a_rank_finds_its_heads_where_its_forward_looks(role, queries, kvs, tp):
         for kind, i in local:
             if kind == "q" and ("k", i // dealt.ratio) in numbers:
                 assert numbers["k", i // dealt.ratio] == numbers["q", i] // (queries // kvs)
+
+
+def test_a_head_that_is_multiplied_with_by_hand_stays_whole():
+    config = transformers.MobileBertConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = transformers.MobileBertForMaskedLM(config)
+    plan = plan_for(model, 2)
+    whole = "mobilebert.embeddings.word_embeddings.weight"
+    assert plan.replicated[whole] == "whole by a rule (family)"
+    assert not plan.names("vocab_embedding", "vocab_head")
+    assert len(plan.names("row")) == 2 + config.num_feedforward_networks - 1

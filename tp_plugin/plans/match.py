@@ -53,7 +53,8 @@ def match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Ru
 
 
 def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The token embedding, the head and whatever is tied to them are sharded over the vocabulary, unless you say."""
+    """The token embedding, the head and whatever is tied to them are sharded over the vocabulary, unless you say
+    otherwise or a family has to keep them whole."""
     found: dict[str, Rule] = {}
     weights: set[int] = set()
     for getter, style in (("get_input_embeddings", p.VOCAB_EMBEDDING), ("get_output_embeddings", p.VOCAB_HEAD)):
@@ -64,15 +65,19 @@ def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) 
         if not isinstance(module, nn.Embedding if style == p.VOCAB_EMBEDDING else nn.Linear):
             continue  # of an image or of sound, not of words
         for name, candidate in modules.items():
-            if candidate is module and getattr(matched.get(name), "source", "") != "yours":
+            if candidate is module and not _settled(matched.get(name)):
                 found[name] = Rule(name, style, "vocabulary")
                 weights.add(id(module.weight))
     for name, module in modules.items():
         tied = id(module._parameters.get("weight")) in weights and name not in found
-        if tied and getattr(matched.get(name), "source", "") != "yours":
+        if tied and not _settled(matched.get(name)):
             style = p.VOCAB_EMBEDDING if isinstance(module, nn.Embedding) else p.VOCAB_HEAD
             found[name] = Rule(name, style, "vocabulary")
     return found | _bias_names(modules, {name for name, rule in found.items() if rule.style == p.VOCAB_HEAD})
+
+
+def _settled(rule: Rule | None) -> bool:
+    return rule is not None and (rule.source == "yours" or (rule.source == "family" and rule.style == p.REPLICATED))
 
 
 def _bias_names(modules: Modules, heads: set[str]) -> dict[str, Rule]:

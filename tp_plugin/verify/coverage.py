@@ -150,7 +150,10 @@ def _on_this_rank(model_type: str, kind: str, class_name: str, tp: int) -> dict[
 
     options = TensorParallelConfig(tp_size=tp, quiet=True)
     model_class = class_named(class_name)
-    config = config_for(model_class, AutoConfig.for_model(model_type))
+    try:
+        config = config_for(model_class, AutoConfig.for_model(model_type))
+    except Exception as failure:
+        return {"sentence": f"transformers cannot build its default config: {short(failure)}"}
     found, options = examined(model_class, config, options, ParallelMesh.create(tp))
     row = {name: getattr(found, name) for name in ("verdict", "sentence", "errors", "worst", "unreached", "precision")}
     row |= {"fraction": found.fraction, "measured_on": "small copy"}

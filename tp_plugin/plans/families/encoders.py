@@ -31,6 +31,27 @@ def bert(_model: nn.Module) -> tuple[Rule, ...]:
     )
 
 
+@register_family("mobilebert")
+def mobilebert(_model: nn.Module) -> tuple[Rule, ...]:
+    """BERT's regions and small MLPs in a row. Its head multiplies with the embedding's weight by hand: kept whole."""
+    local = (("num_attention_heads", p.QUERY_HEADS), ("all_head_size", p.QUERY_WIDTH))
+    return (
+        Rule("**.attention.self.query", p.COLUMN, up=2, local=local),
+        Rule("**.attention.self.key", p.COLUMN, up=2),
+        Rule("**.attention.self.value", p.COLUMN, up=2),
+        Rule("**.attention.output.dense", p.ROW, up=2),
+        Rule("**.layer.*.intermediate.dense", p.COLUMN, up=2),
+        Rule("**.layer.*.output.dense", p.ROW, up=2),
+        Rule("**.ffn.*.intermediate.dense", p.COLUMN, up=2, optional=True),
+        Rule("**.ffn.*.output.dense", p.ROW, up=2, optional=True),
+        Rule("**.layer.*.bottleneck.**", p.REPLICATED, optional=True),
+        Rule("**.output.bottleneck.**", p.REPLICATED, optional=True),
+        Rule("**.LayerNorm", p.REPLICATED),
+        Rule("**.word_embeddings", p.REPLICATED),
+        Rule("**.predictions.decoder", p.REPLICATED, optional=True),
+    )
+
+
 @register_family("mpnet")
 def mpnet(_model: nn.Module) -> tuple[Rule, ...]:
     """The encoder makes a bias for every head, of which each layer's attention takes its rank's."""
