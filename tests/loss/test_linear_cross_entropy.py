@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.loss.problems import N, V, difference, problem
 from tests.support.ranks import on_ranks
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.loss import VocabShard, linear_cross_entropy, reference_cross_entropy
+from tp_plugin.loss import VocabShard, cross_entropy, linear_cross_entropy, reference_cross_entropy
 
 CASES = st.fixed_dictionaries(
     {
@@ -239,3 +239,42 @@ def tied(sizes):
 
 def test_a_tied_weight_gets_both_gradients():
     on_ranks(2, tied, (13, 10))
+
+
+def test_what_is_ignored_is_ignored_even_if_infinite():
+    hidden, weight, _, labels = problem()
+    weights = torch.ones(N, dtype=torch.float64)
+    weights[labels == -100] = float("inf")
+    truth = F.cross_entropy(hidden @ weight.T, labels)
+    learned = weights.clone().requires_grad_()
+    for either in (weights, learned):
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, token_weights=either), truth)
+    torch.testing.assert_close(reference_cross_entropy(hidden, weight, labels, token_weights=weights)[0], truth)
+    torch.testing.assert_close(cross_entropy(hidden @ weight.T, labels, token_weights=weights), truth)
+    assert linear_cross_entropy(hidden.float(), weight.float(), labels, token_weights=learned).dtype == torch.float32
+    w = weight.clone().requires_grad_()
+    _, stats = linear_cross_entropy(hidden, w, labels, return_stats=True)
+    assert torch.autograd.grad(stats.logprobs, w, weights)[0].isfinite().all()
+
+
+def test_losses_of_tokens_may_be_changed_in_place():
+    hidden, weight, _, labels = problem()
+    h = hidden.requires_grad_()
+    each = linear_cross_entropy(h, weight, labels, reduction="none")
+    each *= torch.arange(N)
+    plain = F.cross_entropy(h @ weight.T, labels, reduction="none") * torch.arange(N)
+    torch.testing.assert_close(torch.autograd.grad(each.sum(), h), torch.autograd.grad(plain.sum(), h))
+
+
+def resized():
+    vocab = VocabShard.balanced(V, dist.group.WORLD)
+    hidden, weight, _, labels = problem()
+    own = weight[vocab.start : vocab.stop].clone()
+    linear_cross_entropy(hidden, own, labels, group=dist.group.WORLD)
+    own.data = torch.cat([own.data, own.data[:2]])
+    with pytest.raises(TensorParallelError, match="rows when the ranks told each other their shards and has"):
+        linear_cross_entropy(hidden, own, labels, group=dist.group.WORLD)
+
+
+def test_a_weight_with_other_rows_than_agreed_is_refused():
+    on_ranks(2, resized)

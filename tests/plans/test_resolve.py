@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.support.models import FAMILIES, make
@@ -147,3 +148,20 @@ def test_what_stays_whole_says_why():
     own |= {"model.layers.*.mlp.down_proj": "replicated"}
     plan = plan_for(make("Qwen3"), 2, own)
     assert plan.replicated["model.layers.1.mlp.up_proj.weight"] == "whole by a rule (yours)"
+
+
+def test_your_rule_may_not_take_a_sum_away_from_what_stays_sharded():
+    with pytest.raises(TensorParallelError, match=r"takes its style partial \(HF plan\) away"):
+        plan_for(make("Qwen3"), 2, {"**.self_attn.k_norm": "replicated"})
+    attention = {f"**.self_attn.{name}": "replicated" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert plan_for(make("Qwen3"), 2, attention | {"**.self_attn.k_norm": "replicated"}).regions
+
+
+def test_attentions_that_are_given_one_tensor_are_kept_whole_together():
+    with torch.device("meta"):
+        model = transformers.MPNetForMaskedLM(transformers.MPNetConfig(num_hidden_layers=2))
+    with pytest.raises(TensorParallelError, match="keep all such attentions whole or none"):
+        plan_for(model, 2, {"**.layer.1.attention.attn.*": "replicated"})
+    with pytest.raises(TensorParallelError, match="takes its style partial"):
+        plan_for(model, 2, {"**.relative_attention_bias": "replicated"})
+    assert plan_for(model, 2, {"**.attention.attn.*": "replicated"}).names("row")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tests.sharding.test_collectives_per_layer import sharded
 from tests.support.models import batch
 from tests.support.ranks import on_ranks
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.layers.dropout import draws_random_numbers
 
 
@@ -92,3 +93,45 @@ def test_masks_differ_inside_shards_and_agree_outside():
     assert not torch.equal(inside0[0], inside0[1]), "layers must not repeat each other's masks"
     assert torch.equal(outside0, outside1)
     assert torch.equal(after0, after1), "the generators must stay in step after the forward"
+
+
+def nested_rate():
+    """A rate on a module inside the block, as inferred regions of two modules have it."""
+    from tp_plugin.layers.dropout import DerivedRandomness
+
+    block = torch.nn.Module()
+    block.inner = torch.nn.Linear(2, 2)
+    block.inner.attention_dropout = 0.1
+    return DerivedRandomness(block, 0).active()
+
+
+def test_a_rate_inside_the_block_counts():
+    assert nested_rate()
+
+
+def test_jitter_is_randomness_too():
+    router = torch.nn.Linear(2, 2)
+    assert not draws_random_numbers(router)
+    router.jitter_noise = 0.1
+    assert draws_random_numbers(router)
+
+
+def attentions():
+    model = sharded(attn_implementation="eager")
+    found = []
+    for way in ("argument", "config", "config overruled"):
+        model.config.output_attentions = way != "argument"
+        arguments = {"argument": {"output_attentions": True}, "config overruled": {"output_attentions": False}}
+        try:
+            model(**batch(0, 2), **arguments.get(way, {}))
+            found.append("")
+        except TensorParallelError as refused:
+            found.append(str(refused))
+    return found
+
+
+def test_attention_weights_of_all_heads_are_refused():
+    for argument, config, overruled in on_ranks(2, attentions):
+        assert argument == config
+        assert argument.startswith("output_attentions asks for the weights of all heads")
+        assert overruled == ""

@@ -9,6 +9,8 @@ whoever restores the default generator (checkpointing does) gets the same masks 
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class DerivedRandomness:
     def __init__(self, parent: nn.Module, tp_rank: int) -> None:
         self.tp_rank = tp_rank
         self.parent = parent
-        self.rates = [name for name, value in vars(parent).items() if _is_rate(name, value)]
+        self.rates = [(m, name) for m in parent.modules() for name, value in vars(m).items() if _is_rate(name, value)]
         self.dropouts = [child for child in parent.modules() if isinstance(child, nn.modules.dropout._DropoutNd)]
         self._resume: tuple[torch.Generator, torch.Tensor] | None = None
 
@@ -33,7 +35,7 @@ class DerivedRandomness:
         """Whether a pass through the block now would draw random numbers."""
         if not self.parent.training:
             return False
-        return any(getattr(self.parent, name) > 0 for name in self.rates) or any(
+        return any(m.training and getattr(m, name) > 0 for m, name in self.rates) or any(
             d.p > 0 and d.training for d in self.dropouts
         )
 
@@ -55,8 +57,8 @@ class DerivedRandomness:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a forward now, of the model or of any block in it, would drop anything."""
-    return model.training and has_dropout(model)
+    """Whether a forward now, of the model or of any block in it, would drop anything, or jitter a router's input."""
+    return model.training and (has_dropout(model) or _has_noise(model))
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -65,6 +67,15 @@ def has_dropout(model: nn.Module) -> bool:
         (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         or any(_is_rate(name, value) and value > 0 for name, value in vars(module).items())
         for module in model.modules()
+    )
+
+
+def _has_noise(model: nn.Module) -> bool:
+    """Numbers by these names are how strongly routers are jittered and how often inputs are masked."""
+    return any(
+        re.search("jitter|noise|mask_.*prob", name) and isinstance(value, int | float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
     )
 
 

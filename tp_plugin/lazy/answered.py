@@ -53,7 +53,8 @@ def _logsumexp(func, logits, args, kwargs):
     given = _dim(logits, args, kwargs, "dim", "keepdim")
     if given is None or logits._recipe.normalised or set(given) - {"keepdim"}:
         return NotImplemented
-    return _kept(values.log_z(logits).unsqueeze(-1), given.get("keepdim", False)).to(logits.dtype)
+    dtype = torch.float32 if nodes.autocast_widens(logits) else logits.dtype
+    return _kept(values.log_z(logits).unsqueeze(-1), given.get("keepdim", False)).to(dtype)
 
 
 @answers(torch.gather, Tensor.gather)

@@ -24,6 +24,7 @@ class Recipe:
         bias: [v] or None.
         vocab: which rows.
         transform: scale and soft cap met so far.
+        source: the hidden states that the head was called with and their in-place version then.
         normalised: these are log-probabilities, the log-softmax of the logits.
         wanted: which of the three want a gradient.
         workspace_bytes: working memory of the loss; None for the default.
@@ -38,6 +39,7 @@ class Recipe:
     wanted: Wanted
     workspace_bytes: int | None
     stamp: int
+    source: tuple[torch.Tensor, int]
     normalised: bool = False
 
     def head(self) -> Head:
@@ -146,6 +148,12 @@ class VocabParallelLogits(torch.Tensor):
                 "these logits have not been computed yet, and an optimizer has stepped since the forward pass that "
                 "made them: computed now they would come from the new weights. Call logits.materialize() before "
                 "optimizer.step(), on every rank of the tensor-parallel group."
+            )
+
+        if self._full is None and version_of(self._recipe.source[0]) != self._recipe.source[1]:
+            raise TensorParallelError(
+                "these logits have not been computed yet, and the hidden states they come from were changed in place "
+                "since the head was called: call logits.materialize() before, or change a copy."
             )
 
     def check_shared(self) -> None:

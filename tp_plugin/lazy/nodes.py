@@ -88,6 +88,12 @@ def unnormalised(logits: VocabParallelLogits) -> VocabParallelLogits:
     return step(logits, recipe, logits.shape, logits.dtype, Family())
 
 
+def autocast_widens(logits: VocabParallelLogits) -> bool:
+    """Whether autocast makes ``logsumexp`` and ``log_softmax`` of these float32, which it does on accelerators only."""
+    kind = logits.device.type
+    return kind != "cpu" and torch.is_autocast_enabled(kind) and logits.dtype.itemsize < 4
+
+
 def cross_entropy(logits: VocabParallelLogits, labels: torch.Tensor, options: Options) -> torch.Tensor:
     """The fused loss of [N, V] lazy logits and [N] int64 labels. A collective call.
 
@@ -110,7 +116,8 @@ def dense(logits: VocabParallelLogits) -> torch.Tensor:
     record = logits.requires_grad and not torch.is_inference_mode_enabled()
     with torch.set_grad_enabled(record):
         if logits._full is None and logits._recipe.normalised:
-            return F.log_softmax(_Materialise.apply(unnormalised(logits)), -1)
+            # a copy: log_softmax keeps its result for its backward, and this one may be changed in place
+            return F.log_softmax(_Materialise.apply(unnormalised(logits)), -1).clone()
         return _Materialise.apply(logits) if logits._full is None else _Unwrap.apply(logits)
 
 
@@ -156,8 +163,9 @@ class _Make(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, vocab, dtype, wanted, workspace_bytes):
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        source = hidden.detach()
         recipe = Recipe(
-            hidden.detach().to(dtype),
+            source.to(dtype),
             weight.detach().to(dtype),
             None if bias is None else bias.detach().to(dtype),
             vocab,
@@ -165,6 +173,7 @@ class _Make(torch.autograd.Function):
             wanted,
             workspace_bytes,
             stamp.current(),
+            source=(source, version_of(source)),
         )
         return VocabParallelLogits((*hidden.shape[:-1], vocab.size), dtype, recipe)
 
@@ -247,11 +256,12 @@ class _Materialise(torch.autograd.Function):
                 d = d * transform.bend_(transform.apply_(own))
             d = d.to(hidden.dtype)
             d_hidden = d @ weight if wanted.hidden else None
+            exact = wide if hidden.dtype == torch.float16 else hidden.dtype  # a sum over tokens can overflow float16
             if d_hidden is not None:
                 all_reduce_(d_hidden, vocab.group, purpose=PURPOSE)
             term = HeadGrads(
                 None if d_hidden is None else d_hidden.reshape(lead),
-                d.t() @ hidden if wanted.weight else None,
+                d.to(exact).t() @ hidden.to(exact) if wanted.weight else None,
                 d.sum(0, dtype=wide) if wanted.bias else None,
                 largest * transform.slope,
             )

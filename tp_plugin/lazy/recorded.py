@@ -19,6 +19,8 @@ def _relabelled(logits: VocabParallelLogits, dtype: torch.dtype) -> Any:
         return NotImplemented
     if dtype == logits.dtype:
         return logits
+    if logits._recipe.normalised and dtype.itemsize < logits.dtype.itemsize:
+        return NotImplemented  # rounded after the normalisation, not before
     return nodes.step(logits, logits._recipe, logits.shape, dtype, Family())
 
 
@@ -46,7 +48,7 @@ def _type(func, logits, args, kwargs):
 
 @answers(Tensor.to)
 def _to(func, logits, args, kwargs):
-    if "copy" in kwargs or len(args) > 3:
+    if "copy" in kwargs or len(args) > 2:  # a third one may mean copy
         return NotImplemented
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     here = device is None or torch.empty(0, device=device).device == logits.device
@@ -157,12 +159,13 @@ def _log_softmax(func, logits, args, kwargs):
     given |= kwargs
     if logits._recipe.normalised or given.pop("dim", None) not in (-1, logits.dim() - 1):
         return NotImplemented
-    dtype = given.pop("dtype", None) or logits.dtype
+    asked = given.pop("dtype", None)
+    dtype = asked or logits.dtype
     given.pop("_stacklevel", None)
     if given or not dtype.is_floating_point:
         return NotImplemented
-    if torch.is_autocast_enabled(logits.device.type) and dtype.itemsize < 4:
-        dtype = torch.float32  # as autocast has it for log_softmax
+    if asked is None and nodes.autocast_widens(logits):
+        dtype = torch.float32
     recipe = dataclasses.replace(logits._recipe, normalised=True)
     return nodes.step(logits, recipe, logits.shape, dtype, Family())
 
@@ -194,8 +197,8 @@ def _scale(func, logits, args, kwargs):
     elif type(factor) not in (int, float):
         return NotImplemented
     divides = "div" in func.__name__
-    if divides and not isinstance(factor, Tensor) and factor == 0:
-        return NotImplemented
+    if not isinstance(factor, Tensor) and factor == 0:
+        return NotImplemented  # by 0 nothing is left of which a gradient could be told
     return _transformed(logits, logits._recipe.transform.times(1.0 / factor if divides else factor * 1.0))
 
 
@@ -211,9 +214,12 @@ def _add_row(func, logits, args, kwargs):
     if kwargs or type(row) is not Tensor or row.requires_grad or not recipe.transform.identity or recipe.normalised:
         return NotImplemented
     one_row = row.numel() == row.shape[-1] == logits.shape[-1] if row.dim() else False
-    if not one_row or row.dim() > logits.dim() or (row.dtype, row.device) != (logits.dtype, logits.device):
+    same = (
+        row.dtype == logits.dtype == recipe.hidden.dtype and row.device == logits.device
+    )  # a wider row would be rounded
+    if not one_row or row.dim() > logits.dim() or not same:
         return NotImplemented
-    own = row.reshape(-1)[recipe.vocab.start : recipe.vocab.stop].to(recipe.hidden.dtype)
+    own = row.reshape(-1)[recipe.vocab.start : recipe.vocab.stop]
     recipe = dataclasses.replace(recipe, bias=own.clone() if recipe.bias is None else recipe.bias + own)
     return nodes.step(logits, recipe, logits.shape, logits.dtype, Family())
 

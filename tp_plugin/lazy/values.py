@@ -108,15 +108,16 @@ class _Selected(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         recipe = logits._recipe
         head, wide = recipe.head(), wide_of(recipe.hidden.dtype)
-        flat = ids.reshape(head.hidden.shape[0], -1)
+        flat = ids.reshape(head.hidden.shape[0], ids.shape[-1])
         ctx.shape, ctx.dtype, ctx.device = logits.shape, logits.dtype, logits.device
         ctx.setup = recipe.vocab, recipe.transform, recipe.wanted, rows_within(recipe, head.hidden.shape[1])
         z = torch.zeros(flat.shape, dtype=wide, device=flat.device)
-        for rows, k, words, mine in _found(flat, recipe.vocab, ctx.setup[-1]):
-            z[rows, k] = torch.linalg.vecdot(head.hidden[rows].to(wide), head.weight[words].to(wide))
-            if head.bias is not None:
-                z[rows, k] += head.bias[words]
-            z[rows, k] *= mine
+        with torch.autocast(logits.device.type, enabled=False):
+            for rows, k, words, mine in _found(flat, recipe.vocab, ctx.setup[-1]):
+                product = torch.linalg.vecdot(head.hidden[rows].to(wide), head.weight[words].to(wide))
+                product = product.to(head.hidden.dtype).to(wide)  # as rounded as the products that log Z is made of
+                product = product if head.bias is None else product + head.bias[words]
+                z[rows, k] = torch.where(mine, product, 0.0)
         all_reduce_(z, recipe.vocab.group, purpose=PURPOSE)
         values = recipe.transform.apply_(z)
         ctx.save_for_backward(head.hidden, head.weight, flat, values if recipe.transform.tanh else None)

@@ -175,7 +175,7 @@ def merge(parts: torch.Tensor, asked: Asked) -> RowStats:
     """Whole rows from every rank's ``[ranks, asked.width, c]``."""
     tops, sums, target = parts[:, 0], parts[:, 1], parts[:, 2].sum(0)
     top = tops.amax(0)
-    factors = (tops - top).exp()
+    factors = torch.where(tops == NOTHING, 0.0, (tops - top).exp())
     total = (sums * factors).sum(0)
     entropy = None
     if asked.entropy:  # sum of e (x - top) over all ranks, each rank's being relative to its own maximum

@@ -47,6 +47,11 @@ def vocab_of(
         raise TensorParallelError(problem)
     if group is None:
         return VocabShard.balanced(rows, None)
+    if known is not None and known[1].rows != rows:
+        raise TensorParallelError(
+            f"this weight tensor had {known[1].rows} rows when the ranks told each other their shards and has {rows} "
+            "now; pass a new tensor, or its VocabShard as vocab."
+        )
     if known is not None and known[1].group is group and vocab_size in (None, known[1].size):
         return known[1]
     agree(problem, group)

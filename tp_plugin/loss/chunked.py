@@ -119,8 +119,8 @@ def token_grads(
         upstream: any floating dtypes. The largest magnitude goes into the scale, so a loss scale cannot overflow.
     """
     head, wide = job.head, job.head.wide
-    arrived = [getattr(upstream, field.name) for field in dataclasses.fields(upstream)]
-    arrived = [None if x is None else x.to(wide) for x in arrived]
+    counted = (torch.where(job.valid, x, 0.0) if x is not None else None for x in (upstream.losses, upstream.logprobs))
+    arrived = [None if x is None else x.to(wide) for x in (*counted, upstream.log_z, upstream.entropy)]
     peaks = [x.abs().amax() for x in arrived if x is not None and x.numel()]
     largest = torch.stack(peaks).amax() if peaks else torch.ones((), dtype=wide, device=head.hidden.device)
     largest = torch.where(largest > 0, largest, 1.0)
@@ -174,8 +174,11 @@ class _Collected:
 
     def __init__(self, job: Job, entropy: bool) -> None:
         self.job = job
-        rows = torch.zeros(4, job.labels.shape[0], dtype=job.head.wide, device=job.labels.device)
-        self.stats = TokenStats(rows[0], rows[1], rows[2], rows[3] if entropy else None)
+        # each a tensor of its own: views of one could not be changed in place by whoever gets them
+        zeros = [
+            torch.zeros(job.labels.shape, dtype=job.head.wide, device=job.labels.device) for _ in range(3 + entropy)
+        ]
+        self.stats = TokenStats(zeros[0], zeros[1], zeros[2], zeros[3] if entropy else None)
 
     def put(self, rows: slice, stats: RowStats) -> None:
         valid = self.job.valid[rows]
@@ -197,10 +200,9 @@ def _combined(
     zero = torch.zeros_like(all_log_z)
     by = Coefficients(zero, zero)
     if losses is not None:
-        by = job.coefficients(all_log_z, torch.where(job.valid, losses, 0.0))
+        by = job.coefficients(all_log_z, losses)
     if logprobs is not None:
-        counted = torch.where(job.valid, logprobs, 0.0)
-        by = dataclasses.replace(by, softmax=by.softmax - counted, target=by.target - counted)
+        by = dataclasses.replace(by, softmax=by.softmax - logprobs, target=by.target - logprobs)
     if log_z is not None:
         by = dataclasses.replace(by, softmax=by.softmax + log_z)
     return by if entropy is None else dataclasses.replace(by, entropy=entropy)

@@ -127,7 +127,7 @@ def _fused(
     asked = dataclasses.replace(options, reduction=inside)
     loss, *found = _Fused.apply(hidden, weight, bias, labels, folded, (asked, *how), torch.is_grad_enabled())
     if learned:
-        loss = loss * token_weights
+        loss = loss * torch.where(labels != options.ignore_index, token_weights, 0.0).to(loss.dtype)
         if options.reduction != "none":
             loss = loss.sum()
         if options.reduction == "mean" and num_items is None:

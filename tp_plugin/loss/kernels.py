@@ -8,6 +8,8 @@ matrix products around them stay the vendor's.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -142,26 +144,33 @@ class TritonBlock:
         if not width:
             out.zero_()[0] = NOTHING
         elif rows:
-            statistics_kernel[(rows,)](
-                self.products, _or(self.bias, out), labels, self.transform, out, self.products.stride(0), rows, width,
-                self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, LOGIT_SUM=self.asked.logit_sum,
-                ENTROPY=self.asked.entropy, **self._launch(),
-            )  # fmt: skip
+            with _on(out.device):
+                statistics_kernel[(rows,)](
+                    self.products, _or(self.bias, out), labels, self.transform, out, self.products.stride(0), rows,
+                    width, self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, LOGIT_SUM=self.asked.logit_sum,
+                    ENTROPY=self.asked.entropy, **self._launch(),
+                )  # fmt: skip
         return out
 
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
         rows, width = self.products.shape
         labels = torch.where(self.valid, self.labels, -1)
         if rows and width:
-            coefficients = (x if x is None else x.contiguous() for x in (by.uniform, entropy, by.entropy))
-            uniform, level, bent = (_or(x, log_z) for x in coefficients)
-            gradient_kernel[(rows,)](
-                self.products, _or(self.bias, log_z), labels, self.transform, log_z.contiguous(),
-                by.softmax.contiguous(), by.target.contiguous(), uniform, level, bent, self.products.stride(0), width,
-                self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, UNIFORM=by.uniform is not None,
-                ENTROPY=by.entropy is not None, **self._launch(),
-            )  # fmt: skip
+            with _on(log_z.device):
+                coefficients = (x if x is None else x.contiguous() for x in (by.uniform, entropy, by.entropy))
+                uniform, level, bent = (_or(x, log_z) for x in coefficients)
+                gradient_kernel[(rows,)](
+                    self.products, _or(self.bias, log_z), labels, self.transform, log_z.contiguous(),
+                    by.softmax.contiguous(), by.target.contiguous(), uniform, level, bent, self.products.stride(0),
+                    width, self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, UNIFORM=by.uniform is not None,
+                    ENTROPY=by.entropy is not None, **self._launch(),
+                )  # fmt: skip
         return self.products
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

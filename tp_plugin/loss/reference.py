@@ -76,7 +76,7 @@ def loss_of_logits(
     log_z = logits.logsumexp(1)
     losses = losses + torch.where(valid, options.z_loss * log_z.square(), 0.0)
     if token_weights is not None:
-        losses = losses * token_weights
+        losses = losses * torch.where(valid, token_weights, 0.0)
     logs = logits - log_z.unsqueeze(1)
     logprobs = logs.gather(1, torch.where(valid, labels, 0).unsqueeze(1)).squeeze(1)
     # words masked by -inf have no part in the entropy, and 0 * -inf is no number

@@ -13,6 +13,7 @@ from tp_plugin.loss.parts import Transform, wide_of
 from tp_plugin.loss.sums import PURPOSE
 from tp_plugin.loss.vocab import VocabShard
 
+MASKED = torch.finfo(torch.float64).min  # stands for a logit of -inf among candidates
 ROWS_BYTES = 64 << 20  # of a block in wide arithmetic
 
 
@@ -135,10 +136,12 @@ def top_candidates(own: torch.Tensor, k: int, vocab: VocabShard) -> tuple[torch.
     """The ``k`` largest of all ranks' rows: values [N, k] and global ids, of this rank's logits ``own`` [N, v]."""
     n = min(k, vocab.rows)
     # float64 holds every id and every floating dtype's values: one tensor travels
-    packed = torch.full((2, own.shape[0], k), float("-inf"), dtype=torch.float64, device=own.device)
+    packed = torch.zeros((2, own.shape[0], k), dtype=torch.float64, device=own.device)
+    packed[0] = float("-inf")  # below every word, those masked by -inf included
     if n:
         values, ids = own.max(1, keepdim=True) if n == 1 else own.topk(n, dim=1)
-        packed[0, :, :n], packed[1, :, :n] = values, ids + vocab.start
+        packed[0, :, :n], packed[1, :, :n] = values.double().clamp(min=MASKED), ids + vocab.start
     values, ids = torch.cat(all_gather(packed, vocab.group, purpose=PURPOSE), 2).unbind(0)
     order = values.argmax(1, keepdim=True) if k == 1 else values.topk(k, dim=1).indices
-    return values.gather(1, order).to(own.dtype), ids.gather(1, order).long()
+    values = values.gather(1, order)
+    return values.masked_fill(values == MASKED, float("-inf")).to(own.dtype), ids.gather(1, order).long()

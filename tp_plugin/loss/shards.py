@@ -71,7 +71,7 @@ def cross_entropy(
     check_labels(flat, flat.shape[0], vocab, ignore_index)
     losses, stats = _token_losses(logits, labels, vocab, options)
     if token_weights is not None:
-        losses = losses * token_weights
+        losses = losses * torch.where(labels != ignore_index, token_weights, 0.0).to(losses.dtype)
     if reduction == "none":
         return (losses, stats) if return_stats else losses
     loss = losses.sum()

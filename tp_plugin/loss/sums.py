@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.collectives import all_reduce_
-from tp_plugin.loss.parts import Head, HeadGrads, Wanted
+from tp_plugin.loss.parts import Head, HeadGrads, Wanted, wide_of
 
 PURPOSE = "loss"  # under which the collectives are counted
 
@@ -16,7 +16,8 @@ PURPOSE = "loss"  # under which the collectives are counted
 class RowSums:
     """For chunks of whole rows: each gives its rows of the hidden gradient and adds to all of the weight gradient.
 
-    The weight gradient is float32 (float64) when there is more than one chunk, and so is the hidden gradient when it is
+    The weight gradient is float32 (float64) when there is more than one chunk, and for float16, in which a sum over
+    tokens can overflow before it is divided by their number; so is the hidden gradient when it is
     a sum over ranks: half-precision parts would each be rounded (1.3 times the error of one process at tp 2, 1.5 at tp
     4). Its all-reduces are under way until :meth:`finish`.
     """
@@ -28,7 +29,7 @@ class RowSums:
         if wanted.hidden:
             dtype = head.hidden.dtype if head.vocab.group is None else head.wide
             self.hidden = torch.empty(head.hidden.shape, dtype=dtype, device=head.hidden.device)
-        if wanted.weight and (head.hidden.shape[0] == 0 or not single):
+        if wanted.weight and (head.hidden.shape[0] == 0 or not single or head.hidden.dtype == torch.float16):
             self.weight = torch.zeros_like(head.weight, dtype=head.wide, memory_format=torch.contiguous_format)
         if wanted.bias:
             self.bias = torch.zeros(head.weight.shape[0], dtype=head.wide, device=head.hidden.device)
@@ -71,7 +72,9 @@ class TileSums:
         self.head, self.wanted, self.spare_bytes = head, wanted, spare_bytes
         device, wide = head.hidden.device, head.wide
         self.hidden = torch.zeros(head.hidden.shape, dtype=wide, device=device) if wanted.hidden else None
-        self.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if wanted.weight else None
+        narrow = head.weight.dtype != torch.float16  # a sum over tokens can overflow that
+        kept = head.weight.dtype if narrow else wide
+        self.weight = torch.zeros(head.weight.shape, dtype=kept, device=device) if wanted.weight else None
         self.bias = torch.zeros(head.weight.shape[0], dtype=wide, device=device) if wanted.bias else None
         self.column: torch.Tensor | None = None
 
@@ -81,7 +84,9 @@ class TileSums:
         if self.hidden is not None:
             add_product_(self.hidden[rows], d.t(), head.weight[columns], self.spare_bytes)
         if self.weight is not None:
-            if every:
+            if self.weight.dtype == wide_of(d.dtype):
+                add_product_(self.weight[columns], d, head.hidden[rows], self.spare_bytes)
+            elif every:
                 torch.mm(d.t(), head.hidden, out=self.weight[columns])
             else:
                 if rows.start == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.layers.norm import EPSILON
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
-from tp_plugin.plans.match import Modules, parameters_of
+from tp_plugin.plans.match import Modules, match, parameters_of
 from tp_plugin.plans.plan import Placement, RegionPlan, Rule
 
 
@@ -88,6 +88,40 @@ def require_tied_alike(modules: Modules, placements: Mapping[str, Placement], ma
                 f"{other} and {name} are one tied parameter and would be sharded differently; "
                 "give both modules the same rule or untie them."
             )
+
+
+def require_sums_kept(
+    rules: Iterable[Rule], matched: Mapping[str, Rule], modules: Modules, blocks: Collection[str]
+) -> None:
+    """Your 'replicated' must not take away what makes the gradients of a block right that stays sharded.
+
+    Args:
+        rules: all, in order.
+        matched: those that count.
+        modules: of the model.
+        blocks: of regions and mixtures.
+    """
+    yours = {name for name, rule in matched.items() if (rule.source, rule.style) == ("yours", p.REPLICATED)}
+    if not yours:
+        return
+    others, _ = match([rule for rule in rules if rule.source != "yours"], modules)
+    displaced = {name: others[name] for name in sorted(yours & others.keys())}
+    for name, rule in displaced.items():
+        around = rule.block(name)
+        near = any(block == around or block.startswith(f"{around}.") for block in blocks)
+        if rule.style in (p.PARTIAL, p.LATENT, p.ENTER) and near:
+            raise TensorParallelError(
+                f"your rule for {name!r} takes its style {rule.style} ({rule.source}) away, and it acts on tensors "
+                "that stay sharded, which makes its gradient partial; keep the columns and the row there whole too, or "
+                "leave it to its own rule."
+            )
+    given = [name for name, rule in matched.items() if rule.inputs]
+    kept = next((name for name, rule in displaced.items() if rule.inputs), None)
+    if kept and given:
+        raise TensorParallelError(
+            f"your rule keeps {kept!r} whole while {given[0]!r} stays sharded, and both are given one tensor with an "
+            "entry for each head; keep all such attentions whole or none."
+        )
 
 
 def require_nothing_forgotten(

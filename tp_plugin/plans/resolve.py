@@ -67,6 +67,8 @@ def plan_for(
     whole = _replicated(model, modules, placements, matched)
     checks.require_tied_alike(modules, placements, matched)
     checks.require_nothing_forgotten(regions, placements, matched, whole)
+    blocks = {region.block for region in regions} | {name.rpartition(".")[0] for name in experts}
+    checks.require_sums_kept(rules, matched, modules, blocks)
     mixtures, regions = join_mixtures(experts, regions, matched, modules)
     placements = _without_idle_sums(placements, mixtures, regions)
     return Plan(tp_size, placements, tuple(regions), whole, tuple(unused), tuple(mixtures))

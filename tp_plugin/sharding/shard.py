@@ -86,6 +86,8 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     _swap(model, plan, mesh, config)
     _sum_partial(model, plan, mesh)
     _guard(model, mesh, config)
+    if plan.regions:
+        _guard_attentions(model)
     if plan.mixtures:
         _guard_experts(model)
     sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
@@ -260,6 +262,21 @@ def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -
 
     if hasattr(model, "resize_token_embeddings"):
         model.resize_token_embeddings = refuse  # type: ignore[assignment]
+
+
+def _guard_attentions(model: nn.Module) -> None:
+    """No attention weights among the outputs: each rank would hand out those of its own heads as if they were all."""
+
+    @torch.compiler.disable
+    def refuse(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        asked = kwargs.get("output_attentions")
+        if asked or (asked is None and getattr(getattr(model, "config", None), "output_attentions", False)):
+            raise TensorParallelError(
+                "output_attentions asks for the weights of all heads, and each rank of a tensor-parallel group has "
+                "those of its own only; leave it off, or use tp_size 1."
+            )
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def _guard_experts(model: nn.Module) -> None:
