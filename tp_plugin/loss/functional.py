@@ -126,7 +126,7 @@ def _fused(
     folded = None if learned or token_weights is None else token_weights.detach().to(wide_of(hidden.dtype))
     asked = dataclasses.replace(options, reduction=inside)
     loss, *found = _Fused.apply(hidden, weight, bias, labels, folded, (asked, *how), torch.is_grad_enabled())
-    if learned:
+    if learned and token_weights is not None:
         loss = loss * torch.where(labels != options.ignore_index, token_weights, 0.0).to(loss.dtype)
         if options.reduction != "none":
             loss = loss.sum()
