@@ -25,11 +25,12 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-        self._before: set[int] = set()
+        self._before: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def ignore(self, *tensors: torch.Tensor) -> LiveBytes:
         """Do not count these, the inputs, when they come back as views."""
-        self._before |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        for tensor in tensors:
+            self._before.add(tensor.untyped_storage())
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known or storage.data_ptr() in self._before:
+        if storage in self._known or storage in self._before:
             return
         size = storage.nbytes()
         self._known[storage] = size

@@ -126,6 +126,8 @@ def check_labels(labels: torch.Tensor, rows: int, vocab: VocabShard, ignore_inde
             f"expected {rows} int64 labels, one a row of the hidden states, got {labels.dtype} of "
             f"shape {tuple(labels.shape)}."
         )
+    if labels.is_meta:
+        return
     wrong = ((labels < 0) | (labels >= vocab.size)) & (labels != ignore_index)
     if labels.device.type != "cpu":
         message = f"a label lies outside the vocabulary [0, {vocab.size}) and is not ignore_index {ignore_index}"

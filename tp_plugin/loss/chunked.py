@@ -38,7 +38,10 @@ def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def plainly(job: Job, *args: Any, **kwargs: Any) -> T:
-        with torch.autocast(job.head.hidden.device.type, enabled=False):
+        kind = job.head.hidden.device.type
+        if not torch.amp.is_autocast_available(kind):  # meta tensors, with which memory is counted
+            return function(job, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return function(job, *args, **kwargs)
 
     return plainly

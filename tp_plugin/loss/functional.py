@@ -156,6 +156,8 @@ def _reference(
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype in which ``F.linear`` would multiply ``hidden`` here: the autocast dtype under autocast."""
     kind = hidden.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return hidden.dtype
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return hidden.dtype
