@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,7 @@ def _deepspeed(backend):
         if backend == "liger":
             if device.type != "cuda":
                 return "a GPU only"
-            import liger_kernel  # noqa: F401
+            importlib.import_module("liger_kernel")
 
         def loss(hidden, weight, labels, group):
             logits = copy_to_region(hidden, group) @ weight.t()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,12 @@ def vocab_of(
     rows: int,
     group: dist.ProcessGroup | None,
     vocab_size: int | None,
+    vocab: VocabShard | None,
     problem: str | None,
+    has: str,
 ) -> VocabShard:
-    """Which words the ``rows`` of ``weight`` are. A collective call the first time a tensor is met.
+    """Which words the ``rows`` of ``weight`` are: ``vocab``, if given, else a collective call the first time a tensor
+    is met.
 
     The ranks tell each other their number of rows once for each tensor object, so a parameter costs one exchange in a
     whole training, while a tensor made anew each step pays for one each step (give its ``VocabShard`` then).
@@ -33,12 +37,22 @@ def vocab_of(
         rows: words this rank holds.
         group: the ranks that hold the vocabulary together.
         vocab_size: words in all, or None if the shards say it.
+        vocab: what the caller knows of it all; then nothing is exchanged.
         problem: what this rank found wrong already. On the first call with this tensor every rank raises it together;
             later, when ranks no longer wait for each other, each raises its own.
+        has: "weight has 5 rows", for a message.
 
     Raises:
         TensorParallelError: ``problem``, or shards that do not add up to ``vocab_size``; the same on every rank.
     """
+    if vocab is not None:
+        if group is not None or vocab_size is not None:
+            problem = "vocab says what group and vocab_size say; give either."
+        elif problem is None and vocab.rows != rows:
+            problem = f"this rank holds {vocab.rows} rows of the vocabulary, and {has}."
+        if problem is not None:
+            raise TensorParallelError(problem)
+        return vocab
     if group is None and problem is None and vocab_size not in (None, rows):
         problem = f"one rank alone holds {rows} of {vocab_size} words; pass the group that holds all of them."
     known = _KNOWN.get(id(weight))
@@ -67,6 +81,13 @@ def vocab_of(
     key = id(weight)
     _KNOWN[key] = weakref.ref(weight, lambda _: _KNOWN.pop(key, None)), vocab
     return vocab
+
+
+def items_problem(num_items: Any, reduction: str) -> str | None:
+    """What is wrong with a divisor of the sum where no sum is made."""
+    if num_items is not None and reduction == "none":
+        return "num_items divides a sum, and reduction='none' makes none; leave one of them out."
+    return None
 
 
 def head_problem(

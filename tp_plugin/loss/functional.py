@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tp_plugin.collectives import copy_to_region, gather_from_region
 from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
 from tp_plugin.loss import chunked, implementations
-from tp_plugin.loss.checks import check_labels, head_problem, vocab_of
+from tp_plugin.loss.checks import check_labels, head_problem, items_problem, vocab_of
 from tp_plugin.loss.job import Job, TokenStats, Upstream
 from tp_plugin.loss.parts import Head, HeadGrads, Options, Transform, Wanted, unpack, wide_of
 from tp_plugin.loss.reference import Stats, cap, loss_of_logits
@@ -85,17 +85,9 @@ def linear_cross_entropy(
             that cannot run here; a second derivative of all but ``"reference"``.
     """
     options = Options(reduction, ignore_index, label_smoothing, z_loss)
-    problem = head_problem(hidden, weight, bias, labels, token_weights)
-    if num_items is not None and reduction == "none":
-        problem = "num_items divides a sum, and reduction='none' makes none; leave one of them out."
-    if vocab is None:
-        vocab = vocab_of(weight, weight.shape[0], group, vocab_size, problem)
-    elif group is not None or vocab_size is not None:
-        problem = "vocab says what group and vocab_size say; give either."
-    elif vocab.rows != weight.shape[0]:
-        problem = f"this rank holds {vocab.rows} rows of the vocabulary, and weight has {weight.shape[0]}."
-    if problem:
-        raise TensorParallelError(problem)
+    problem = items_problem(num_items, reduction) or head_problem(hidden, weight, bias, labels, token_weights)
+    rows = weight.shape[0] if weight.dim() else 0
+    vocab = vocab_of(weight, rows, group, vocab_size, vocab, problem, f"weight has {rows}")
     block = implementations.block_for(impl, hidden.device, compute_dtype(hidden))
     lead, flat, labels = labels.shape, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     check_labels(labels, flat.shape[0], vocab, ignore_index)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
-from tp_plugin.loss.checks import check_labels, rows_problem, vocab_of
+from tp_plugin.loss.checks import check_labels, items_problem, rows_problem, vocab_of
 from tp_plugin.loss.parts import Options
 from tp_plugin.loss.reference import Stats
 from tp_plugin.loss.shard_nodes import Rows, Softmax, TopKOfShards
@@ -63,9 +63,8 @@ def cross_entropy(
         TensorParallelError: what does not fit together; labels that are not words.
     """
     options = Options(reduction, ignore_index, label_smoothing, z_loss)
-    problem = rows_problem(tuple(logits.shape[:-1]), labels, token_weights, "logits")
-    if num_items is not None and reduction == "none":
-        problem = "num_items divides a sum, and reduction='none' makes none; leave one of them out."
+    problem = items_problem(num_items, reduction)
+    problem = problem or rows_problem(tuple(logits.shape[:-1]), labels, token_weights, "logits")
     vocab = _vocab(logits, group, vocab_size, vocab, problem)
     flat = labels.reshape(-1)
     check_labels(flat, flat.shape[0], vocab, ignore_index)
@@ -154,15 +153,8 @@ def _vocab(
 ) -> VocabShard:
     if problem is None and not (logits.is_floating_point() and logits.dim()):
         problem = f"logits must be floating [..., v], got {tuple(logits.shape)} of {logits.dtype}."
-    if vocab is None:
-        return vocab_of(logits, logits.shape[-1] if logits.dim() else 0, group, vocab_size, problem)
-    if group is not None or vocab_size is not None:
-        problem = "vocab says what group and vocab_size say; give either."
-    elif problem is None and logits.shape[-1] != vocab.rows:
-        problem = f"this rank holds {vocab.rows} words, and logits have {logits.shape[-1]} columns."
-    if problem:
-        raise TensorParallelError(problem)
-    return vocab
+    columns = logits.shape[-1] if logits.dim() else 0
+    return vocab_of(logits, columns, group, vocab_size, vocab, problem, f"logits have {columns} columns")
 
 
 def _stats(

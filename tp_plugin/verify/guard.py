@@ -18,8 +18,8 @@ from tp_plugin.verify.check import examined
 def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
     """:func:`~tp_plugin.sharding.shard_in_place`, after a trial of whatever rules were inferred.
 
-    The trial trains a scaled-down copy of the model's config, sharded over ``mesh`` and whole, and compares loss and
-    gradients: a second or two, and no weight of ``model`` is touched. Inferred rules that it does not reach are
+    The trial runs a scaled-down copy of the model's config forward and backward, sharded over ``mesh`` and whole, and
+    compares loss and gradients; no weight of ``model`` is touched. Inferred rules that it does not reach are
     dropped. A collective call over the world.
 
     Raises:
