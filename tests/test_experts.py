@@ -5,14 +5,10 @@ As in ``test_parity.py``: one launch of ranks trains many configurations, each a
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
+from tests.support.matrix import Matrix
 from tests.support.moe import MORE, SIZES
-from tests.support.ranks import on_ranks
-from tests.test_families import parameters
-from tests.test_parity import LIMITS, run_cases
 
 FEW = ("Mixtral", "Qwen2Moe", "DeepseekV3", "GptOss", "Glm4Moe")
 WAYS = [{"family": "Qwen2Moe", "stage": 1, "experts": way} for way in ("eager", "batched_mm")] + [
@@ -44,27 +40,15 @@ SLOW: dict[tuple[int, int], list[dict]] = {
     ]
     for world, tp in FAST
 }
+EVERY_DAY, AT_LENGTH = Matrix(FAST, 900), Matrix(SLOW, 1800)
 
 
-@functools.cache
-def launched(world: int, tp: int, slow: bool) -> list[list[dict[str, float] | str]]:
-    return on_ranks(world, run_cases, tp, (SLOW if slow else FAST)[world, tp], timeout_s=1800 if slow else 900)
-
-
-def check(world: int, tp: int, index: int, slow: bool) -> None:
-    for rank, results in enumerate(launched(world, tp, slow)):
-        errors = results[index]
-        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
-        above = {name: value for name, value in errors.items() if not value <= LIMITS[name]}
-        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
-
-
-@pytest.mark.parametrize(("world", "tp", "index"), parameters(FAST))
+@pytest.mark.parametrize(("world", "tp", "index"), EVERY_DAY.parameters())
 def test_equals_one_process(world, tp, index):
-    check(world, tp, index, slow=False)
+    EVERY_DAY.check(world, tp, index)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "tp", "index"), parameters(SLOW))
+@pytest.mark.parametrize(("world", "tp", "index"), AT_LENGTH.parameters())
 def test_equals_one_process_everywhere(world, tp, index):
-    check(world, tp, index, slow=True)
+    AT_LENGTH.check(world, tp, index)

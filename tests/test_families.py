@@ -5,13 +5,10 @@ As in ``test_parity.py``: one launch of ranks trains many configurations, each a
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
-from tests.support.ranks import on_ranks
+from tests.support.matrix import Matrix
 from tests.support.zoo import ZOO
-from tests.test_parity import LIMITS, run_cases
 
 TEN = ("phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon new", "olmo2", "bert", "t5", "bart")
 SIX_ON_THREE = {"num_attention_heads": 6, "hidden_size": 48}
@@ -68,40 +65,15 @@ SLOW: dict[tuple[int, int], list[dict]] = {
     ]
     for world, tp in FAST
 }
+EVERY_DAY, AT_LENGTH = Matrix(FAST, 900, LOOSER), Matrix(SLOW, 1800, LOOSER)
 
 
-@functools.cache
-def launched(world: int, tp: int, slow: bool) -> list[list[dict[str, float] | str]]:
-    return on_ranks(world, run_cases, tp, (SLOW if slow else FAST)[world, tp], timeout_s=1800 if slow else 900)
-
-
-def name_of(case: dict) -> str:
-    return "-".join(str(value) for value in case.values() if not isinstance(value, dict))
-
-
-def parameters(table: dict[tuple[int, int], list[dict]]) -> list:
-    return [
-        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + name_of(case))
-        for (world, tp), cases in table.items()
-        for index, case in enumerate(cases)
-    ]
-
-
-def check(world: int, tp: int, index: int, slow: bool) -> None:
-    for rank, results in enumerate(launched(world, tp, slow)):
-        errors = results[index]
-        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
-        limits = LIMITS | LOOSER.get((SLOW if slow else FAST)[world, tp][index]["family"], {})
-        above = {name: value for name, value in errors.items() if not value <= limits[name]}
-        assert not above, f"rank {rank}: {above} exceed {limits}"
-
-
-@pytest.mark.parametrize(("world", "tp", "index"), parameters(FAST))
+@pytest.mark.parametrize(("world", "tp", "index"), EVERY_DAY.parameters())
 def test_equals_one_process(world, tp, index):
-    check(world, tp, index, slow=False)
+    EVERY_DAY.check(world, tp, index)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "tp", "index"), parameters(SLOW))
+@pytest.mark.parametrize(("world", "tp", "index"), AT_LENGTH.parameters())
 def test_equals_one_process_everywhere(world, tp, index):
-    check(world, tp, index, slow=True)
+    AT_LENGTH.check(world, tp, index)

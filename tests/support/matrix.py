@@ -1,0 +1,45 @@
+"""Parity of many configurations: one launch of ranks for each (world, tp), each configuration a test of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import pytest
+
+from tests.support.ranks import on_ranks
+from tests.test_parity import LIMITS, run_cases
+
+Table = dict[tuple[int, int], list[dict]]
+
+
+class Matrix:
+    """``table`` of (world, tp) -> cases for ``tests.support.train.compare``; ``looser`` limits by family."""
+
+    def __init__(self, table: Table, timeout_s: float, looser: Mapping[str, dict[str, float]] | None = None) -> None:
+        self.table, self.timeout_s, self.looser = table, timeout_s, looser or {}
+        self.launched = functools.cache(self._launched)
+
+    def _launched(self, world: int, tp: int) -> list[list[dict[str, float] | str]]:
+        return on_ranks(world, run_cases, tp, self.table[world, tp], timeout_s=self.timeout_s)
+
+    def parameters(self) -> list:
+        """(world, tp, index) of every case."""
+        return [
+            pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-{_name_of(case)}")
+            for (world, tp), cases in self.table.items()
+            for index, case in enumerate(cases)
+        ]
+
+    def check(self, world: int, tp: int, index: int) -> None:
+        """Fails with the errors beyond their limit, or what a rank raised."""
+        limits = LIMITS | self.looser.get(self.table[world, tp][index]["family"], {})
+        for rank, results in enumerate(self.launched(world, tp)):
+            errors = results[index]
+            assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
+            above = {name: value for name, value in errors.items() if not value <= limits[name]}
+            assert not above, f"rank {rank}: {above} exceed {limits}"
+
+
+def _name_of(case: dict) -> str:
+    return "-".join(str(value) for value in case.values() if not isinstance(value, dict))
