@@ -94,9 +94,7 @@ def _moved(value: Any, twins: dict[int, nn.Module]) -> Any:
     if isinstance(value, types.MethodType) and id(value.__self__) in twins:
         return types.MethodType(value.__func__, twins[id(value.__self__)])
     if type(value) is functools.partial:
-        return functools.partial(
-            _moved(value.func, twins), *_moved(value.args, twins), **_moved(value.keywords, twins)
-        )
+        return functools.partial(_moved(value.func, twins), *_moved(value.args, twins), **_moved(value.keywords, twins))
     if type(value) in (list, tuple, set):
         return type(value)(_moved(item, twins) for item in value)
     if type(value) in (dict, OrderedDict):
