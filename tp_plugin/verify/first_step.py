@@ -105,15 +105,18 @@ class StepGuard:
             except TensorParallelError:
                 raise
             except Exception as failure:
-                if self.mesh.tp_rank == 0 and self.mesh.dp_rank == 0 and not self.config.quiet:
-                    print(
-                        f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
-                        f"({type(failure).__name__}: {failure}); its loss was not checked.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                self._say_unchecked(failure)
         # evaluation may be run by one replica alone
         agree(error, None if training else self.mesh.tp_group)
+
+    def _say_unchecked(self, failure: Exception) -> None:
+        if self.mesh.tp_rank == 0 and self.mesh.dp_rank == 0 and not self.config.quiet:
+            print(
+                f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
+                f"({type(failure).__name__}: {failure}); its loss was not checked.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _examined(self, run: Run, batch: Mapping[str, Any]) -> str | None:
         try:
