@@ -1,4 +1,4 @@
-"""transformers under our slot: models loaded by slices, token counts of distinct batches, no second record of the degree."""
+"""transformers under our slot: models loaded by slices, tokens counted once, no second record of the degree."""
 
 from tp_plugin.integrations.contract import Patches
 from tp_plugin.integrations.transformers import loading, record, tokens
