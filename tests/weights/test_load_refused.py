@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import tp_plugin
+from tests.support import zoo
 from tests.support.cases import launched, sentence
 from tests.support.models import make
 from tests.support.train import config_for
@@ -23,14 +24,28 @@ from tp_plugin.weights.reader import Reader
 SHARD = "model-00002-of-00003.safetensors"
 
 
+def saved(model, **options) -> Path:
+    """This rank's own copy of a checkpoint; a collective call, since transformers writes on the first rank alone."""
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    model.save_pretrained(shared[0], **options)
+    dist.barrier()
+    own = Path(tempfile.mkdtemp(), "model")
+    shutil.copytree(shared[0], own)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(shared[0])
+    return own
+
+
 def damaged(how, rank: int | None = None) -> None:
-    folder = Path(tempfile.mkdtemp(), "model")
-    make("Llama").save_pretrained(folder, max_shard_size="40KB")
+    """Load a checkpoint of which the copy of ``rank`` (None: of every rank) is damaged."""
+    folder = saved(make("Llama"), max_shard_size="40KB")
     assert (folder / SHARD).exists()
     if rank in (None, dist.get_rank()):
         how(folder)
     here = os.getcwd()
-    os.chdir(folder.parent)  # one name on every rank, whose files differ
+    os.chdir(folder.parent)  # one name on every rank
     try:
         tp_plugin.from_pretrained("./model")
     finally:
@@ -118,22 +133,19 @@ def width_changed():
 
 
 def another_architecture():
+    other = saved(zoo.build("gpt2"))
+
     def replace(folder):
         for file in folder.glob("model*"):
             file.unlink()
-        from tests.support import zoo
-
-        zoo.build("gpt2").save_pretrained(folder / "other")
-        shutil.move(folder / "other" / "model.safetensors", folder / "model.safetensors")
+        shutil.move(other / "model.safetensors", folder / "model.safetensors")
 
     damaged(replace)
 
 
 def ranks_differ():
-    damaged(
-        lambda folder: make("Llama", intermediate_size=59).save_pretrained(folder, max_shard_size="40KB"),
-        rank=1,
-    )
+    other = saved(make("Llama", intermediate_size=59), max_shard_size="40KB")
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1)
 
 
 def quantised():
@@ -144,7 +156,8 @@ def quantised():
 
 
 def cannot_be_sharded():
-    damaged(lambda folder: make("Llama", heads=(5, 1)).save_pretrained(folder, max_shard_size="40KB"))
+    other = saved(make("Llama", heads=(5, 1)), max_shard_size="40KB")
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True))
 
 
 def disk_fails_on_one_rank():
@@ -194,12 +207,11 @@ def plain_pickle():
 
 
 def option(**options):
-    folder = Path(tempfile.mkdtemp())
-    make("Llama").save_pretrained(folder)
+    folder = saved(make("Llama"))
     try:
         tp_plugin.from_pretrained(folder, **options)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent)
 
 
 def device_map():
@@ -213,16 +225,21 @@ def hub_kernels():
 def adapter():
     from peft import LoraConfig, get_peft_model
 
-    folder = Path(tempfile.mkdtemp())
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    base, folder = Path(shared[0], "base"), Path(shared[0], "adapter")
     model = make("Llama")
-    model.save_pretrained(folder / "base")
-    model = type(model).from_pretrained(folder / "base")
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "adapter")
-    shutil.copy(folder / "base" / "config.json", folder / "adapter")
+    if dist.get_rank() == 0:
+        model.save_pretrained(base)
+        model.name_or_path = str(base)
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+        shutil.copy(base / "config.json", folder)
+    dist.barrier()
     try:
-        tp_plugin.from_pretrained(folder / "adapter", model_class=type(model))
+        tp_plugin.from_pretrained(folder, model_class=type(model))
     finally:
-        shutil.rmtree(folder)
+        dist.barrier()
+        shutil.rmtree(shared[0], ignore_errors=True)
 
 
 def state_dict_under_zero3():
@@ -258,21 +275,26 @@ SENTENCES = {
     "another_architecture": r"'./model' holds no weights of LlamaForCausalLM \(its tensors are named like '",
     "ranks_differ": r"ranks 0 and 1 find different checkpoints under './model'",
     "quantised": r"./model is quantised \(fp8\), and quantised weights cannot be sharded",
-    "cannot_be_sharded": r"5 query heads",
-    "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error. \[on rank 1\]",
-    "pickle_that_runs_code": r"cannot read './model/pytorch_model.bin' as a file of plain tensors \(.*convert it to safe",
+    "cannot_be_sharded": r"5 query and 1 key/value heads cannot be sharded 2 ways",
+    "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",
+    "pickle_that_runs_code": r"'./model/pytorch_model.bin' as a file of plain tensors \(.*; convert it to safetensors",
     "pickle_of_old": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
     "plain_pickle": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
-    "device_map": r"was given device_map=, that is a device map \(DeepSpeed moves the shards\)",
-    "hub_kernels": r"was given use_kernels=, that is kernels of the hub",
-    "adapter": r"is an adapter of '.*base'; load that, and put the adapter on it with PEFT",
-    "state_dict_under_zero3": r"was given state_dict=, that is a state dict that is whole on every rank",
+    "device_map": r"device_map= cannot be given .* \(DeepSpeed moves the shards to their device\); leave it out",
+    "hub_kernels": r"use_kernels= cannot be given .* \(the forwards it replaces would bypass sharded layers",
+    "adapter": r"adapter' is an adapter; load its base model and put the adapter on it with PEFT",
+    "state_dict_under_zero3": r"state_dict= cannot be given .* \(it is whole on every rank already",
 }
+
+
+def told(found: dict) -> dict:
+    """Messages with the ranks that saw it inside of the sentence."""
+    return {name: (kind, re.sub(r"\. (\[on rank \d\])$", r" \1.", str(text))) for name, (kind, text) in found.items()}
 
 
 @pytest.mark.parametrize("name", SENTENCES)
 def test_every_rank_raises_one_sentence(name):
-    message = sentence(launched(2, __name__, tuple(SENTENCES)), name)
+    message = sentence([told(found) for found in launched(2, __name__, tuple(SENTENCES))], name)
     assert re.search(SENTENCES[name], message), message
 
 

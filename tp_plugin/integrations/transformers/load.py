@@ -10,6 +10,7 @@ as transformers does it, and cut then; classes change last.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,10 @@ def _check_directory(name: Any) -> None:
     if os.path.isdir(path):
         if not os.listdir(path):
             raise TensorParallelError(f"the directory {path!r} is empty; name that of a saved model.")
+        if os.path.exists(os.path.join(path, "adapter_config.json")):
+            raise TensorParallelError(
+                f"{path!r} is an adapter; load its base model and put the adapter on it with PEFT."
+            )
     elif os.path.isabs(path) or path.startswith("."):
         raise TensorParallelError(f"there is no directory {path!r}; name that of a saved model, or a repository.")
 
@@ -150,7 +155,7 @@ class Load:
         """Settle every name and shape, plan, and read this rank's shards into ``model``, which is on ``meta``."""
         if options.pretrained_model_name_or_path != self.name:
             raise TensorParallelError(
-                f"{str(self.name)!r} is an adapter of {str(options.pretrained_model_name_or_path)!r}; load that, and "
+                f"{str(self.name)!r} is an adapter; load its base model {options.pretrained_model_name_or_path!s} and "
                 "put the adapter on it with PEFT."
             )
         if list(files) != self.files:
@@ -230,7 +235,7 @@ class Load:
             one, other = model.get_parameter(target), model.get_parameter(source)
             if one is other or not (isinstance(one, Unread) and isinstance(other, Unread)):
                 continue
-            if not self._all(lambda one=one, other=other: one.shape == other.shape and _equal_here(one, other)):
+            if not self._all(functools.partial(_equal_here, one, other)):
                 model.all_tied_weights_keys.pop(target)
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     modeling_utils.logger.warning(
@@ -258,6 +263,8 @@ class Load:
 
 def _equal_here(one: Unread, other: Unread) -> bool:
     """Whether this rank's share of the rows is equal in both."""
+    if one.shape != other.shape:
+        return False
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     parts = []
     for tensor in (one, other):

@@ -22,16 +22,16 @@ from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.transformers.load import current, load_sharded, zero3_asleep
 
 UNSERVED = {
-    "state_dict": "a state dict that is whole on every rank",
-    "gguf_file": "a GGUF file",
-    "quantization_config": "quantised weights",
-    "device_map": "a device map (DeepSpeed moves the shards)",
-    "distributed_config": "transformers' own parallelism",
-    "tp_plan": "transformers' own parallelism",
-    "tp_size": "transformers' own parallelism",
-    "use_kernels": "kernels of the hub, whose replaced forwards bypass sharded layers",
+    "state_dict": "it is whole on every rank already",
+    "gguf_file": "such a file is quantised",
+    "quantization_config": "quantised weights cannot be sharded",
+    "device_map": "DeepSpeed moves the shards to their device",
+    "distributed_config": "it asks for transformers' own parallelism",
+    "tp_plan": "it asks for transformers' own parallelism",
+    "tp_size": "it asks for transformers' own parallelism",
+    "use_kernels": "the forwards it replaces would bypass sharded layers",
 }
-"""Options of ``from_pretrained`` that cannot be served, and what they bring."""
+"""Options of ``from_pretrained`` that a model loaded by slices cannot have, and why."""
 
 
 def check_contracts() -> None:
@@ -69,11 +69,11 @@ def _from_pretrained_method(original: classmethod) -> classmethod:
     @functools.wraps(inner)
     def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
         def call() -> Any:
-            for option, brings in UNSERVED.items():
+            for option, why in UNSERVED.items():
                 if kwargs.get(option):
                     raise TensorParallelError(
-                        f"from_pretrained was given {option}=, that is {brings}, which cannot be loaded by slices; "
-                        "leave it out."
+                        f"{option}= cannot be given for a model of which each rank loads its slices ({why}); leave it "
+                        "out."
                     )
             return inner(cls, name, *args, **kwargs)
 
