@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from transformers.integrations import HfDeepSpeedConfig
 
 import tp_plugin
 from tests.support import moe, zoo
 from tests.support.cases import launched, values
 from tests.support.models import FAMILIES, make
 from tests.support.ranks import on_ranks
-from tests.support.train import compare
+from tests.support.train import compare, config_for, engine_for, optimizer_for
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.reader import Reader
 
@@ -352,11 +353,45 @@ def a_rank_alone():
     against_transformers(hf.LlamaForCausalLM, make("Llama"), tp=1)
 
 
+def from_config_under_zero3():
+    """Whole, as without ZeRO; a directly built model too. Either is sharded later."""
+    tp_plugin.register()
+    config = make("Llama").config
+    alive = HfDeepSpeedConfig(config_for(2, 3))
+    torch.manual_seed(3)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    direct = hf.LlamaForCausalLM(config)
+    assert alive.is_zero3()
+    torch.manual_seed(3)
+    del alive
+    expected = hf.AutoModelForCausalLM.from_config(config)
+    for name, param in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), param)
+    assert direct.lm_head.weight.shape == (131, 32)
+    assert state_of(model) is None
+    engine = engine_for(model.train(), optimizer_for(model, "adamw"), config_for(2, 3))
+    assert state_of(engine.module) is not None
+
+
+def two_models_under_zero3():
+    """A policy and its reference; the config stays alive, and other stages are left alone."""
+    tp_plugin.register()
+    with folder_for(make("Llama")) as folder:
+        alive = HfDeepSpeedConfig(config_for(2, 3))
+        first, second = (hf.LlamaForCausalLM.from_pretrained(folder) for _ in range(2))
+        assert_same(first, second)
+        assert alive.is_zero3()
+        del alive
+        alive = HfDeepSpeedConfig(config_for(2, 1))
+        assert state_of(hf.LlamaForCausalLM.from_pretrained(folder)) is None
+        del alive
+
+
 ODD = (
     "many_files", "cast_to_bfloat16", "bfloat16_as_saved", "kept_in_fp32", "a_pickle", "a_pickle_of_tied",
     "both_of_tied_and_equal", "both_of_tied_and_different", "only_the_head_of_tied", "without_the_base_prefix",
     "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "vocabulary_started_anew", "of_the_hub",
-    "info_is_returned_too", "generation_config", "a_rank_alone",
+    "info_is_returned_too", "from_config_under_zero3", "two_models_under_zero3", "generation_config", "a_rank_alone",
 )  # fmt: skip
 WIDE = ("kv_heads_on_several_ranks", "seeded_differently")
 
