@@ -443,7 +443,7 @@ REFUSED = {
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
     "use_kernels": r"use_kernels=True.*load it without",
-    "zero_init": r"built under DeepSpeed's zero\.Init.*set zero3_init_flag: false",
+    "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
     "peft_lora": r"carries an adapter \(PEFT\).*train the full model",
     "peft_prompt": r"carries an adapter \(PEFT\).*train the full model",
     "peft_by_transformers": r"carries an adapter \(PEFT\).*train the full model",

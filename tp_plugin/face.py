@@ -119,7 +119,7 @@ def from_pretrained(
             cannot be sharded, an option that cannot be served.
     """
     register()
-    from tp_plugin.integrations.transformers.loading import load_sharded, saved_class
+    from tp_plugin.integrations.transformers.load import load_sharded, saved_class
 
     if config is None:
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)

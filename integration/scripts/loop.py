@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")
+parser.add_argument("--start")
 parser.add_argument("--local_rank", type=int)
 options = parser.parse_args()
 
@@ -38,7 +40,8 @@ if rank == 3:  # any one rank may ask all to stop
     accelerator.set_trigger()
 say("triggered", accelerator.check_trigger())
 
-model = tiny.model()
+model = AutoModelForCausalLM.from_pretrained(options.start).train() if options.start else tiny.model()
+say("head_rows", len(model.lm_head.weight))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 train = torch.utils.data.DataLoader(tiny.Samples(24), batch_size=2, shuffle=True)

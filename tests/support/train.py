@@ -129,6 +129,7 @@ def reloaded(way: str, model: torch.nn.Module, tp: int, config: dict[str, Any]) 
     from transformers.integrations import HfDeepSpeedConfig
 
     import tp_plugin
+    from tp_plugin.sharding import state_of
 
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
@@ -142,7 +143,8 @@ def reloaded(way: str, model: torch.nn.Module, tp: int, config: dict[str, Any]) 
         tp_plugin.register()
         alive = HfDeepSpeedConfig(config)
         found = type(model).from_pretrained(folder[0])
-        assert alive.is_zero3()
+        found.config_alive = alive  # as in a script, where it lives on while the engine is made
+    assert state_of(found) is not None
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
@@ -156,9 +158,10 @@ def compare(
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
-    ``way``: see :func:`engine_by` and :func:`reloaded`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
-    activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
-    on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
+    ``way``: see :func:`engine_by` and :func:`reloaded`. ``zero`` and ``extra`` go into the DeepSpeed config.
+    ``checkpointing``: whether activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by
+    rank" for another model on every rank but the first, whose model is the truth. ``gradients``: whether to ask
+    DeepSpeed for each of them.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """
