@@ -27,7 +27,7 @@ def generators() -> dict[str, torch.Tensor]:
 
 
 def set_generators(read) -> None:  # type: ignore[no-untyped-def]
-    """Put all generators into a state of :func:`generators`; ``read(key)`` gives its tensors, None where it has none."""
+    """Put all generators into a state of :func:`generators`; ``read(key)`` gives its tensors, or None."""
     version, *words = read(f"{_PREFIX}python").tolist()
     gauss = read(f"{_PREFIX}python.gauss").tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))

@@ -196,8 +196,8 @@ def _look(folder: Path, tag: str | None, needed: bool) -> list[Any]:
         return [None, None]
     if any(path.glob("*.pt")):
         problem = (
-            f"{str(path)!r} is a checkpoint of DeepSpeed's own, pickles for one shape: turn it into weights where it was "
-            "saved (zero_to_fp32.py lies beside it) and load those with from_pretrained."
+            f"{str(path)!r} is a checkpoint of DeepSpeed's own, pickles for one shape: turn it into weights where it "
+            "was saved (zero_to_fp32.py lies beside it) and load those with from_pretrained."
         )
         return [None, problem]
     missing = "is not a whole checkpoint" if path.is_dir() else "does not exist"
