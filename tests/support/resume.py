@@ -33,6 +33,8 @@ def engine_of(
     """An engine of this world with AdamW in two groups and a scheduler; ``seed`` chooses the weights it starts with."""
     model = model_of(family, seed, heads=heads, tied=tied, **options)
     optimizer = optimizer_for(model, "adamw")
+    # a family without "norm" in a name has one group, and DeepSpeed drops an empty one behind the scheduler's back
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     dp = (dist.get_world_size() if dist.is_initialized() else 1) // tp
     extra = dict(extra or {})
     config = {
