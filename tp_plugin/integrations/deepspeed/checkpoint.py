@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
@@ -38,6 +39,7 @@ def check_contracts() -> None:
     """See :func:`tp_plugin.integrations.deepspeed.slot.check_contracts`."""
     contract(DeepSpeedEngine, "save_checkpoint", _SAVE, "our checkpoints are written there")
     contract(DeepSpeedEngine, "load_checkpoint", _LOAD, "our checkpoints are read there")
+    contract(groups, "_get_data_parallel_group", [], "an unsharded engine's checkpoint is spread over this group")
     held.check_contracts()
 
 
@@ -82,7 +84,7 @@ def save(
     """
     _refuse_local_storage(engine)
     folder, tag = Path(save_dir), str(tag or f"global_step{engine.global_steps}")
-    _same_everywhere(f"save_checkpoint was given different tags ({tag!r} here); give every rank the same.", tag)
+    _refuse_different(tag)
     with _partitioned(engine):
         with written_whole(folder / tag) as temporary:
             store.write(engine, temporary, client_state or {}, exclude_frozen_parameters)
@@ -219,11 +221,13 @@ def _refuse_local_storage(engine: DeepSpeedEngine) -> None:
         )
 
 
-def _same_everywhere(sentence: str, value: str) -> None:
+def _refuse_different(tag: str) -> None:
+    """Raise on every rank if they were given different tags; a collective call."""
     if dist.is_initialized():
-        values: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        agree(sentence if len(set(values)) > 1 else None)
+        tags: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(tags, tag)
+        if len(set(tags)) > 1:
+            raise TensorParallelError(f"save_checkpoint was given different tags, {sorted(set(tags))}; use one.")
 
 
 def _by_first(action: Callable[[], Any], what: str) -> None:

@@ -179,7 +179,6 @@ def check_contracts() -> None:
     why = "checkpoints read and set the optimizer's flat tensors through it"
     for owner in (DeepSpeedZeroOptimizer, BF16_Optimizer):
         contract(owner, "update_lp_params", [], why)
-        contract(owner, "_link_all_hp_params", [], why)
     contract(DeepSpeedZeroOptimizer_Stage3, "get_param_id", ["param"], why)
     for name in ("checkpoint_event_prologue", "checkpoint_event_epilogue"):
         contract(DeepSpeedZeroOptimizer_Stage3, name, [], why)
