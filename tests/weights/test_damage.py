@@ -243,7 +243,7 @@ def frozen_left_out():
         raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
 
 
-# ---- what works --------------------------------------------------------------------------------------------------------
+# ---- what works ----------------------------------------------------------------------------------------------------
 
 
 def falls_back():
@@ -311,7 +311,7 @@ def two_models():
 
 
 SAID = {
-    "truncated": "the checkpoint 'FOLDER/global_step2' is damaged: rank_00001.safetensors has 1000 bytes and was written",
+    "truncated": "the checkpoint 'FOLDER/global_step2' is damaged: rank_00001.safetensors has 1000 bytes and was",
     "missing": "the checkpoint 'FOLDER/global_step2' is damaged: rank_00001.safetensors is missing",
     "flipped": "the checkpoint 'FOLDER/global_step2' is damaged: the content of rank_00001.safetensors has changed",
     "manifest_flipped": "the checkpoint 'FOLDER/global_step2' is damaged: manifest.json has changed",

@@ -1,4 +1,4 @@
-"""A rank is killed while a checkpoint is written: the ones before stay whole, and the other ranks do not wait for it."""
+"""A rank is killed while a checkpoint is written: the ones before stay whole, and no other rank waits for it."""
 
 from __future__ import annotations
 

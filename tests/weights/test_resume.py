@@ -128,7 +128,7 @@ def test_so_does_every_shape(world, tp, name):
 
 @functools.cache
 def crossed(shapes: tuple[tuple[int, int, int], ...]) -> dict[tuple, tuple[dict, dict]]:
-    """("from" or "to", shape) -> (the run that went on, the one that resumed): the hub's at each shape, each at the hub."""
+    """("from" or "to", shape) -> (the run that went on, the one that resumed): the hub's at each, each at the hub."""
     world, tp, stage = HUB
     whole = folder("hub", len(shapes))
     hub = launch(world, tp, [("save_then_go_on", stage, whole, {})])[0]

@@ -1,7 +1,7 @@
 """The table of contents of an engine checkpoint: what it holds of which model, at which degrees, in which files.
 
 An engine checkpoint is a directory of safetensors files, one a rank, and ``manifest.json``. A file holds *fragments*:
-the range ``[start, stop)`` of the flattened tensor-parallel shard of a parameter that this rank kept, once for each kind:
+the range ``[start, stop)`` of a parameter's flattened tensor-parallel shard that this rank kept, once for each kind:
 its weight (the master weight where there is one) and every elementwise state of the optimizer. A fragment's key is
 ``kind|name|start``; which tensor-parallel rank it is of says the manifest.
 """
