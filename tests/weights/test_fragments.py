@@ -44,8 +44,8 @@ def layouts(draw, shape: tuple[int, ...]) -> ShardLayout:
 
 def manifest_of(entries: dict[str, Entry], files: dict[str, RankFile], tp: int) -> Manifest:
     return Manifest(
-        tp=tp, dp=1, zero=1, step=3, entries=entries, optimizer=None, engine={}, scheduler=None, scaler=None, client=None,
-        model={}, files=files, versions={},
+        tp=tp, dp=1, zero=1, step=3, entries=entries, optimizer=None, engine={}, scheduler=None, scaler=None,
+        client=None, model={}, files=files, versions={},
     )  # fmt: skip
 
 
