@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from integration.scripts import tiny
@@ -75,4 +74,4 @@ def test_an_accelerate_loop_loads_its_state_elsewhere(tmp_path):
     saved, loaded = (json.loads((tmp_path / f"{what}.json").read_text()) for what in ("save", "load"))
     assert len(saved["losses"]) == 6
     assert loaded["losses"] == pytest.approx(saved["losses"][2:], rel=1e-5)
-    assert not torch.cuda.is_available() or loaded["rates"]
+    assert loaded["rates"] == saved["rates"][2:]

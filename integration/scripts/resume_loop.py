@@ -19,7 +19,7 @@ parser.add_argument("--local_rank", type=int)
 options = parser.parse_args()
 
 set_seed(5)
-accelerator = Accelerator()
+accelerator = Accelerator(step_scheduler_with_optimizer=False)  # else once for each rank that reads other samples
 model = tiny.model(seed=0 if options.what == "save" else 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
@@ -29,7 +29,8 @@ found = {"losses": [], "rates": []}
 
 
 def step(batch):
-    loss = model(**batch).loss
+    # over a number of tokens that follows the rows, so that the mean over ranks is the same for any number of them
+    loss = model(**batch, num_items_in_batch=torch.tensor(10.0 * options.rows)).loss
     accelerator.backward(loss)
     optimizer.step()
     scheduler.step()
