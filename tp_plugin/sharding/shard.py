@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -35,6 +38,7 @@ from tp_plugin.plans.checks import is_conv1d
 from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
 
 _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
@@ -71,7 +75,23 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             "build it anew."
         )
         return known
-    plan, error = None, obstacle(model)
+    plan = planned(model, config, mesh)
+    equalised = make_equal(model, mesh)
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    layouts = _cut(model, plan, mesh)
+    return install(model, plan, config, mesh, layouts, shapes, equalised)
+
+
+def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False) -> Plan:
+    """The plan of ``model``, once no rank finds anything that speaks against it; a collective call, nothing is touched.
+
+    Args:
+        unread: the parameters need not be there yet (on ``meta``, in a checkpoint).
+
+    Raises:
+        TensorParallelError: on every rank together.
+    """
+    plan, error = None, obstacle(model, unread=unread)
     if error is None:
         try:
             plan = plan_for(model, mesh.tp_size, config.plan, inferring=config.infer != "off")
@@ -79,32 +99,66 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             error = str(refused)
     agree(error)
     assert plan is not None
-    equalised = make_equal(model, mesh)
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    return plan
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    config: TensorParallelConfig,
+    mesh: ParallelMesh,
+    layouts: Mapping[str, ShardLayout],
+    shapes: Mapping[str, tuple[int, ...]],
+    equalised: Sequence[str] = (),
+) -> Sharding:
+    """Classes, hooks and the record of a model whose sharded parameters are this rank's shards already.
+
+    Args:
+        layouts: how each of those lies, by every name it has.
+        shapes: full shape of every parameter, each tied one once.
+        equalised: names of tensors that differed between the ranks and were taken from one.
+    """
     linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in model.modules()) - len(plan.names(p.VOCAB_HEAD))
-    layouts = _cut(model, plan, mesh)
-    _swap(model, plan, mesh, config)
-    _sum_partial(model, plan, mesh)
-    _guard(model, mesh, config)
-    if plan.regions:
-        _guard_attentions(model)
-    if plan.mixtures:
-        _guard_experts(model)
-    sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
-    record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
-    setattr(model, ATTRIBUTE, record)
+    for name, layout in layouts.items():
+        param: Any = model.get_parameter(name)
+        param.tp_layout = layout
+        # Megatron's flag, which DeepSpeed's gradient norm asks: this rank counts the parameter. Rank 0 always
+        # counts, so a replica's owner is the lowest rank that holds it.
+        param.tensor_model_parallel = not layout.owns_none(mesh.tp_rank)
+    with remembering(model):
+        _swap(model, plan, mesh, config)
+        _sum_partial(model, plan, mesh)
+        _guard(model, mesh, config)
+        if plan.regions:
+            _guard_attentions(model)
+        if plan.mixtures:
+            _guard_experts(model)
+        sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
+        record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
+        setattr(model, ATTRIBUTE, record)
     return record
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """Why this model, as it is now, cannot be sharded; None if it can."""
+def layouts_by_name(model: nn.Module, plan: Plan) -> dict[str, ShardLayout]:
+    """How each parameter that ``plan`` cuts lies, by every name it has."""
+    found: dict[int, ShardLayout] = {}
+    for name, placement in plan.placements.items():
+        for leaf, layout in placement.layouts.items():  # of a tied one, the first that speaks of it counts
+            found.setdefault(id(getattr(model.get_submodule(name), leaf)), layout)
+    tensors = model.named_parameters(remove_duplicate=False)
+    return {name: found[id(param)] for name, param in tensors if id(param) in found}
+
+
+def obstacle(model: nn.Module, *, unread: bool = False) -> str | None:
+    """Why this model, as it is now, cannot be sharded; None if it can. ``unread``: its parameters are read later."""
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):
             return (
                 "the model was built under DeepSpeed's zero.Init, its parameters are partitioned over the wrong group; "
-                "set zero3_init_flag: false in the accelerate config (or build the model before TrainingArguments)."
+                "call tp_plugin.register() before it is loaded (python -m tp_plugin.run does), or build it outside of "
+                "deepspeed.zero.Init."
             )
-        if param.is_meta:
+        if param.is_meta and not unread:
             return f"parameter {name!r} is on the meta device; load the weights before sharding."
         if param.grad is not None:
             return f"parameter {name!r} has a gradient already; shard before the first backward."
@@ -122,21 +176,18 @@ def obstacle(model: nn.Module) -> str | None:
 @torch.no_grad()
 def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLayout]:
     """Replace the data of every sharded parameter by this rank's shard; tied parameters once."""
-    cut: dict[int, ShardLayout] = {}
-    for name, placement in plan.placements.items():
-        module = model.get_submodule(name)
-        for leaf, layout in placement.layouts.items():
-            param = getattr(module, leaf)
-            if id(param) in cut:
-                continue
-            cut[id(param)] = layout
-            shard = layout.shard(param.data, mesh.tp_rank)
-            param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
-            param.tp_layout = layout
-            # Megatron's flag, which DeepSpeed's gradient norm asks: this rank counts the parameter. Rank 0 always
-            # counts, so a replica's owner is the lowest rank that holds it.
-            param.tensor_model_parallel = not layout.owns_none(mesh.tp_rank)
-    return {name: cut[id(param)] for name, param in model.named_parameters(remove_duplicate=False) if id(param) in cut}
+    layouts = layouts_by_name(model, plan)
+    for name, param in model.named_parameters():
+        if name in layouts:
+            cut(param, layouts[name], mesh)
+    return layouts
+
+
+@torch.no_grad()
+def cut(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
+    """Replace the data of a whole parameter by this rank's shard."""
+    shard = layout.shard(param.data, mesh.tp_rank)
+    param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
 
 
 def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
