@@ -1,4 +1,4 @@
-"""Safetensors files written a tensor at a time, hashed on the way, and read a range at a time."""
+"""Safetensors files written a tensor at a time and hashed on the way."""
 
 from __future__ import annotations
 
@@ -13,26 +13,22 @@ from typing import Any
 
 import torch
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+from tp_plugin.weights.reader import DTYPES
+from tp_plugin.weights.safetensors_file import DTYPES as NAMES
+
 _BLOCK = 1 << 24
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """How safetensors calls it. Raises ValueError for a dtype that it has no word for."""
-    if dtype not in _NAMES:
+    if dtype not in NAMES:
         raise ValueError(f"safetensors cannot hold {dtype}")
-    return _NAMES[dtype]
+    return NAMES[dtype]
 
 
 def dtype_named(name: str) -> torch.dtype:
     """The dtype of that safetensors name."""
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,43 +84,3 @@ def digest_of(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class TensorFile:
-    """A safetensors file read by key and range; nothing is read ahead.
-
-    Attributes:
-        entries: key -> (dtype, shape).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        self._start = 8 + length
-        self._offsets = {key: tuple(entry["data_offsets"]) for key, entry in header.items()}
-        self.entries = {key: (dtype_named(entry["dtype"]), tuple(entry["shape"])) for key, entry in header.items()}
-
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements ``[start, stop)`` of the flattened tensor, 1-D. Raises OSError when the file ends before."""
-        dtype, _ = self.entries[key]
-        first, last = self._offsets[key]
-        size = dtype.itemsize
-        end = (last - first) // size if stop is None else stop
-        found = torch.empty(end - start, dtype=dtype)
-        if found.numel():
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + first + start * size)
-                rest = _bytes_of(found)
-                while rest:
-                    got = file.readinto(rest)
-                    if not got:
-                        raise OSError(f"{self.path.name} ends before {key}")
-                    rest = rest[got:]
-        return found
-
-    def whole(self, key: str) -> torch.Tensor:
-        """The tensor in its shape."""
-        return self.read(key).reshape(self.entries[key][1])

@@ -10,8 +10,9 @@ import torch
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
-from tp_plugin.weights.container import TensorFile, dtype_named
+from tp_plugin.weights.container import dtype_named
 from tp_plugin.weights.manifest import WEIGHT, Manifest
+from tp_plugin.weights.reader import Reader
 
 
 def fragment_key(kind: str, name: str, start: int) -> str:
@@ -28,21 +29,19 @@ class Fragments:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
-        self._files: dict[str, TensorFile] = {}
+        self._files: dict[str, Reader] = {}
         # (kind, name, tp rank) -> fragments in order: (start, stop, file, key)
-        self._held: dict[tuple[str, str, int], list[tuple[int, int, TensorFile, str]]] = {}
+        self._held: dict[tuple[str, str, int], list[tuple[int, int, Reader, str]]] = {}
         for file_name, record in manifest.files.items():
             try:
-                file = self._files[file_name] = TensorFile(directory / file_name)
-            except (OSError, ValueError, KeyError) as failure:
-                raise TensorParallelError(
-                    f"the checkpoint {str(directory)!r} is damaged: {file_name} cannot be read."
-                ) from failure
-            for key, (_, shape) in file.entries.items():
+                file = self._files[file_name] = Reader.open([directory / file_name])
+            except TensorParallelError as failure:
+                raise TensorParallelError(f"the checkpoint {str(directory)!r} is damaged: {failure}") from failure
+            for key in file.names():
                 kind, _, rest = key.partition("|")
                 name, _, start = rest.rpartition("|")
                 if name in manifest.entries:
-                    piece = (int(start), int(start) + math.prod(shape), file, key)
+                    piece = (int(start), int(start) + math.prod(file.shape(key)), file, key)
                     self._held.setdefault((kind, name, record.tp_rank), []).append(piece)
         for pieces in self._held.values():
             pieces.sort(key=lambda piece: piece[:2])
@@ -72,6 +71,11 @@ class Fragments:
                 f"{kind} of {name!r} of tensor-parallel rank {rank}."
             )
 
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
     def has(self, kind: str, name: str) -> bool:
         """Whether there is such a state of that parameter."""
         entry = self.manifest.entries[name]
@@ -81,13 +85,13 @@ class Fragments:
         """The dtype it is stored in."""
         for rank in range(self.manifest.entries[name].layout.ranks):
             for _, _, file, key in self._held.get((kind, name, rank), ()):
-                return file.entries[key][0]
+                return file.dtype(key)
         return dtype_named(self.manifest.entries[name].dtype)
 
     def extra(self, key: str, rank: int = 0) -> torch.Tensor | None:
         """A tensor that is no fragment, from the file of a rank; None if there is none."""
         file = list(self._files.values())[rank]
-        return file.whole(key) if key in file.entries else None
+        return file.read(key) if key in file.names() else None
 
     def flat(
         self, kind: str, name: str, layout: ShardLayout, rank: int, start: int = 0, stop: int | None = None
@@ -126,5 +130,5 @@ class Fragments:
             if first >= stop:
                 break
             if last > start:
-                found.append(file.read(key, max(start - first, 0), min(stop, last) - first))
+                found.append(file.read(key, (slice(max(start - first, 0), min(stop, last) - first),)))
         return found[0] if len(found) == 1 else torch.cat(found)

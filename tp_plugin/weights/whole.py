@@ -37,7 +37,7 @@ def examine(directory: Path, share: int = 0, shares: int = 1) -> str | None:
         for name in list(manifest.files)[share::shares]:
             if digest_of(directory / name) != manifest.files[name].sha256:
                 return f"the checkpoint {str(directory)!r} is damaged: the content of {name} has changed."
-        Fragments(directory, manifest)
+        Fragments(directory, manifest).close()
     except TensorParallelError as damaged:
         return str(damaged)
     except OSError as failure:

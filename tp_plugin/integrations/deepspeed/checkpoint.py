@@ -22,6 +22,7 @@ from tp_plugin.integrations.deepspeed import held, restore, store
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.atomic import write_file, written_whole
 from tp_plugin.weights.manifest import FILE
+from tp_plugin.weights.stream import between_steps
 from tp_plugin.weights.whole import LATEST, LATEST_GOOD, candidates, examine_together, newest_whole
 
 _SAVE = ["save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"]
@@ -85,7 +86,7 @@ def save(
     _refuse_local_storage(engine)
     folder, tag = Path(save_dir), str(tag or f"global_step{engine.global_steps}")
     _refuse_different(tag)
-    with _partitioned(engine):
+    with between_steps(engine):
         with written_whole(folder / tag) as temporary:
             store.write(engine, temporary, client_state or {}, exclude_frozen_parameters)
         if save_latest:
@@ -152,7 +153,7 @@ def load(
     damage = examine_together(directory)
     if damage is not None:
         raise TensorParallelError(_with_offer(damage, directory.parent))
-    with _partitioned(engine):
+    with between_steps(engine):
         client = restore.read(
             engine, directory, strict=strict, optimizer=optimizer, scheduler=scheduler, counters=counters
         )
@@ -238,18 +239,3 @@ def _by_first(action: Callable[[], Any], what: str) -> None:
         except OSError as failure:
             error = f"{what}: {failure.strerror or failure}."
     agree(error)
-
-
-class _partitioned:
-    """ZeRO-3 releases what it gathered, so that only partitions count; and gathers again what it keeps whole."""
-
-    def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.optimizer: Any = engine.optimizer
-
-    def __enter__(self) -> None:
-        if hasattr(self.optimizer, "checkpoint_event_prologue"):
-            self.optimizer.checkpoint_event_prologue()
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self.optimizer, "checkpoint_event_epilogue"):
-            self.optimizer.checkpoint_event_epilogue()

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.deepspeed import held
-from tp_plugin.integrations.deepspeed.store import COUNTERS, KEPT_OF_GROUPS, layout_of, mesh_of, named
+from tp_plugin.integrations.deepspeed.store import COUNTERS, KEPT_OF_GROUPS, layout_of, named, refuse_other_parallelism
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.weights.fragments import Fragments
+from tp_plugin.weights.gather import mesh_of, unwrapped
 from tp_plugin.weights.manifest import WEIGHT, Manifest, decode
 from tp_plugin.weights.randomness import part_ways, set_generators
 
@@ -37,8 +38,8 @@ def read(
         loading.weights()
         if optimizer:
             loading.states()
-    except (OSError, RuntimeError) as failure:
-        error = f"reading the checkpoint {str(directory)!r} failed, and this engine is no longer whole: {failure}"
+    except (TensorParallelError, OSError) as failure:
+        error = f"the checkpoint {str(directory)!r} was read in part, and this engine is no longer whole: {failure}"
     agree(error)
     loading.masters()
     if optimizer:
@@ -48,8 +49,10 @@ def read(
         loading.counters()
     if scheduler and engine.lr_scheduler is not None and loading.manifest.scheduler is not None:
         engine.lr_scheduler.load_state_dict(loading.decoded(loading.manifest.scheduler))
+    client = loading.decoded(loading.manifest.client)
+    loading.fragments.close()
     loading.announce()
-    return loading.decoded(loading.manifest.client)
+    return client
 
 
 class _Loading:
@@ -57,7 +60,8 @@ class _Loading:
 
     def __init__(self, engine: Any, directory: Path, *, strict: bool, optimizer: bool) -> None:
         self.engine, self.directory = engine, directory
-        self.mesh: ParallelMesh = mesh_of(engine)
+        refuse_other_parallelism(engine)
+        self.mesh: ParallelMesh = mesh_of(unwrapped(engine.module))
         self.manifest = Manifest.load(directory)
         self.fragments = Fragments(directory, self.manifest)
         self.params = named(engine)

@@ -20,7 +20,7 @@ from tp_plugin.sharding import state_of
 from tp_plugin.weights.atomic import write_file
 from tp_plugin.weights.container import dtype_name, write_tensors
 from tp_plugin.weights.fragments import fragment_key
-from tp_plugin.weights.gather import unwrapped
+from tp_plugin.weights.gather import mesh_of, unwrapped
 from tp_plugin.weights.manifest import FILE, WEIGHT, Entry, Manifest, RankFile, encode
 from tp_plugin.weights.randomness import generators
 
@@ -29,20 +29,15 @@ KEPT_OF_GROUPS = ("params", "param_names")
 _LIBRARIES = ("tp-plugin", "torch", "deepspeed", "transformers")
 
 
-def mesh_of(engine: Any) -> ParallelMesh:
-    """The engine's place in the grid; an unsharded one is all data parallel."""
-    record = state_of(engine.module)
-    if record is not None:
-        return record.mesh
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return ParallelMesh.single()
-    group = groups._get_data_parallel_group()
-    if dist.get_world_size(group) != dist.get_world_size():
+def refuse_other_parallelism(engine: Any) -> None:
+    """An engine that is not sharded by us must hold whole parameters on every rank."""
+    if state_of(engine.module) is not None or not dist.is_initialized():
+        return
+    if dist.get_world_size(groups._get_data_parallel_group()) != dist.get_world_size():
         raise TensorParallelError(
             "the engine is model parallel by other means than tp_plugin, whose checkpoints cannot hold it; remove the "
             "'tp_plugin' block from its DeepSpeed config."
         )
-    return ParallelMesh(None, group, 0, 1, dist.get_rank(group), dist.get_world_size(group))
 
 
 def named(engine: Any) -> dict[str, torch.Tensor]:
@@ -67,7 +62,8 @@ def write(engine: Any, directory: Path, client_state: dict, exclude_frozen: bool
     error, manifest = None, None
     tensors: dict[str, torch.Tensor] = {}
     try:
-        mesh = mesh_of(engine)
+        refuse_other_parallelism(engine)
+        mesh = mesh_of(unwrapped(engine.module))
         tensors, manifest = _content(engine, mesh, client_state, exclude_frozen)
     except TensorParallelError as refused:
         error = str(refused)
