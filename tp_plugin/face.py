@@ -24,19 +24,21 @@ def register(config: TensorParallelConfig | None = None) -> None:
     Raises:
         TensorParallelError: an unsupported version of a library, or a private name we rely on has moved.
     """
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, transformers, trl
     from tp_plugin.integrations.contract import check_versions
 
     check_versions()
     deepspeed.install(config)
     accelerate.install()
     transformers.install()
+    trl.install()
 
 
 def unregister() -> None:
     """Give everything back to DeepSpeed, Accelerate and transformers. Models that are sharded stay so."""
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, transformers, trl
 
+    trl.uninstall()
     transformers.uninstall()
     accelerate.uninstall()
     deepspeed.uninstall()
