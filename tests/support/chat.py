@@ -34,16 +34,19 @@ def tokenizer() -> Any:
 
 
 def words(draw: random.Random, least: int, most: int) -> str:
-    """Some words at random."""
-    return " ".join(f"w{draw.randrange(len(SPECIAL), VOCAB)}" for _ in range(draw.randint(least, most)))
+    """Some words at random, of few, so that a model soon guesses some right; they lie on all shards of a vocabulary."""
+    return " ".join(f"w{len(SPECIAL) + 24 * draw.randrange(6)}" for _ in range(draw.randint(least, most)))
 
 
-def rows(form: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``count`` rows of a form: text, prompt-completion, chat, preference, or a chat's preference; lengths vary."""
+def rows(form: str, count: int, seed: int = 0, length: int | None = None) -> list[dict[str, Any]]:
+    """``count`` rows of a form: text, prompt-completion, chat, preference, or a chat's preference.
+
+    Of ``length`` words a part, or of lengths that vary.
+    """
     draw = random.Random(seed)
     made = []
     for _ in range(count):
-        prompt, good, bad = words(draw, 2, 6), words(draw, 2, 7), words(draw, 2, 7)
+        prompt, good, bad = (words(draw, length or 2, length or most) for most in (6, 7, 7))
         said = [{"role": "user", "content": prompt}]
         answer = [{"role": "assistant", "content": good}]
         made.append(
@@ -62,8 +65,8 @@ def rows(form: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return made
 
 
-def dataset(form: str, count: int, seed: int = 0) -> Any:
+def dataset(form: str, count: int, seed: int = 0, length: int | None = None) -> Any:
     """The same as a ``datasets.Dataset``."""
     from datasets import Dataset
 
-    return Dataset.from_list(rows(form, count, seed))
+    return Dataset.from_list(rows(form, count, seed, length))

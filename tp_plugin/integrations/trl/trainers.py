@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.accelerate.degree import tp_size
+from tp_plugin.integrations.accelerate.degree import degree_in
 from tp_plugin.integrations.contract import Patches, contract
 
 MODULE = "trl.trainer.base_trainer"
@@ -30,32 +30,39 @@ def install(patches: Patches, base_trainer: ModuleType) -> None:
 def _init_method(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)  # the degree is known from here on
-        if tp_size() > 1:
-            refuse(self)
+        refuse(type(self), kwargs.get("args"))
+        original(self, *args, **kwargs)
+        refuse(type(self), self.args)  # however it was given them
 
     return __init__
 
 
-def refuse(trainer: Any) -> None:
-    """Raise TensorParallelError, on every rank alike, for a trainer or an option that was not shown to be right."""
-    name, args = known_as(type(trainer)), trainer.args
-    short = name.rpartition(".")[2]
+def refuse(kind: type, args: Any) -> None:
+    """Raise TensorParallelError, on every rank alike, for a trainer or an option that was not shown to be right.
+
+    Args:
+        kind: the trainer's class.
+        args: its ``TrainingArguments``, which know the DeepSpeed config; None is taken for a run without it.
+    """
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None or degree_in(plugin.deepspeed_config) == 1:
+        return
+    name = known_as(kind)
     if name not in SHOWN:
         shown = ", ".join(sorted(one.rpartition(".")[2] for one in SHOWN))
         raise TensorParallelError(
-            f"{short} was not shown to be right on a sharded model; of TRL's trainers use {shown}, or train with "
-            "autotp_size 1."
+            f"{name.rpartition('.')[2]} was not shown to be right on a sharded model: of TRL's trainers use {shown}, "
+            "or set tensor_parallel.autotp_size to 1."
         )
     if getattr(args, "use_liger_kernel", False):
         raise TensorParallelError(
-            "use_liger_kernel=True replaces forwards of layers that tensor parallelism shards; leave it off: the loss "
+            "use_liger_kernel=True replaces forwards of layers that tensor parallelism shards; leave it off, the loss "
             "of a sharded head is fused already."
         )
-    if getattr(args, "sync_ref_model", False) and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+    if getattr(args, "sync_ref_model", False) and plugin.zero_stage == 3:
         raise TensorParallelError(
             "sync_ref_model=True at ZeRO stage 3 updates the reference model on rank 0 of the world alone, which holds "
-            "one tensor-parallel shard; use ZeRO stage 2."
+            "one tensor-parallel shard of it; use ZeRO stage 2."
         )
 
 
