@@ -70,9 +70,7 @@ def truths(slow: bool) -> list[tuple[dict, dict | str]]:
 @functools.cache
 def launched(slow: bool, world: int, tp: int) -> list[list[dict | str]]:
     cases = [{"tp": tp, **case} for case in (WHOLE if slow else CASES)[world, tp]]
-    return on_ranks(
-        world, trl_runs.run_all, "sharded", cases, timeout_s=3000, env={"ACCELERATE_USE_DEEPSPEED": "true"}
-    )
+    return on_ranks(world, trl_runs.run_all, "sharded", cases, timeout_s=3000, env={"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def parameters(slow: bool) -> list:
@@ -96,7 +94,9 @@ def check(slow: bool, world: int, tp: int, index: int) -> None:
         assert not wrong, f"rank {rank}: " + "; ".join(wrong)
     losses = [entry["loss"] for entry in truth["log"] if "loss" in entry]
     assert len(losses) == trl_runs.STEPS
-    assert max(entry["grad_norm"] for entry in truth["log"] if "grad_norm" in entry) > trl_runs.CLIP, "clipping must be at work"
+    assert max(entry["grad_norm"] for entry in truth["log"] if "grad_norm" in entry) > trl_runs.CLIP, (
+        "clipping must be at work"
+    )
 
 
 @pytest.mark.parametrize(("world", "tp", "index"), parameters(False))

@@ -49,7 +49,10 @@ def grpo():
 
 def gkd():
     trainer_of(
-        "trl.experimental.gkd.GKDTrainer", "trl.experimental.gkd.GKDConfig", "chat", more={"teacher_model": make("Llama")}
+        "trl.experimental.gkd.GKDTrainer",
+        "trl.experimental.gkd.GKDConfig",
+        "chat",
+        more={"teacher_model": make("Llama")},
     )
 
 

@@ -42,7 +42,7 @@ def check_contracts() -> None:
         part.check_contracts(importlib.import_module(part.MODULE))
 
 
-def _laying(part: ModuleType):  # noqa: ANN202
+def _laying(part: ModuleType):
     def lay(module: ModuleType) -> None:
         part.check_contracts(module)
         part.install(_PATCHES, module)
