@@ -10,7 +10,7 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import plan_for
-from tp_plugin.sharding import Sharding, shard_in_place, state_of
+from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
 from tp_plugin.sharding.shard import obstacle
 from tp_plugin.verify.check import examined
 
@@ -26,14 +26,15 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
         TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
             be made.
     """
-    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None and _is_inferred(model, config):
-        config = _tried(model, config, mesh)
-    return shard_in_place(model, config, mesh)
+    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None and not obstacle(model):
+        with adapters.taken_out(model) as (bare, _):
+            inferred = _is_inferred(bare, config)
+        if inferred:
+            config = _tried(bare, config, mesh)
+    return shard_in_place(model, config, mesh)  # which says so if there is an obstacle, on all ranks together
 
 
 def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:
-    if obstacle(model):
-        return False  # shard_in_place will say so, on all ranks together
     try:
         return bool(plan_for(model, config.tp_size, config.plan).inferred())
     except TensorParallelError:

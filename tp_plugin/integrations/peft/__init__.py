@@ -1,0 +1,42 @@
+"""PEFT: adapters around the modules of a sharded model, put there before sharding or after."""
+
+import importlib.util
+
+from tp_plugin.integrations.contract import Patches
+
+_PATCHES = Patches()
+
+
+def install() -> None:
+    """Let models with adapters be sharded, and sharded models be adapted; nothing where PEFT is not installed.
+
+    Calling it again does nothing.
+
+    Raises:
+        TensorParallelError: a name we rely on has moved.
+    """
+    if importlib.util.find_spec("peft") is None or _PATCHES:
+        return
+    from tp_plugin.integrations.peft import late, library, save
+    from tp_plugin.sharding import adapters
+
+    check_contracts()
+    late.install(_PATCHES)
+    save.install(_PATCHES)
+    adapters.introduce(library.LIBRARY)
+
+
+def uninstall() -> None:
+    """Take our patches off again. Models that are sharded stay so."""
+    _PATCHES.undo()
+
+
+def check_contracts() -> None:
+    """Every name of PEFT this package touches, checked. Raises TensorParallelError naming what moved."""
+    from tp_plugin.integrations.peft import late, library, save
+
+    for part in (library, late, save):
+        part.check_contracts()
+
+
+__all__ = ["check_contracts", "install", "uninstall"]
