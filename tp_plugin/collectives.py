@@ -122,6 +122,19 @@ def all_gather(
     return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
 
 
+def gather_to(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, to: int, *, purpose: str = ""
+) -> list[torch.Tensor] | None:
+    """Every rank's tensor, all of one shape, on rank ``to`` of the group; None on the others."""
+    if group is None:
+        return [tensor]
+    _note("gather", purpose, tensor)
+    mine = rank_in(group) == to
+    parts = [torch.empty_like(tensor) for _ in range(size_of(group))] if mine else None
+    dist.gather(tensor.contiguous(), parts, group=group, group_dst=to)
+    return parts
+
+
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:

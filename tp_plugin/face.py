@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch.distributed as dist
 from torch import nn
 
@@ -65,3 +68,26 @@ def shard_model(model: nn.Module, config: TensorParallelConfig | None = None) ->
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)
     mesh = ParallelMesh.create(config.tp_size)
     return shard_proven(model, config, mesh)
+
+
+def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
+    """Write safetensors and config that plain ``from_pretrained`` loads in one process. A collective call.
+
+    Tensors are gathered in buckets and written as they come: beyond its shard of the model a rank holds less than
+    512 MiB (and under ZeRO-3 one bucket's parameters whole over data parallelism; a single tensor that transformers
+    computes from others on saving is held whole). The files are dealt over all ranks that see the directory. It appears
+    at once when it is complete, and a failed save leaves an earlier one as it was. Training may go on afterwards with
+    the very same parameters.
+
+    Args:
+        model_or_engine: a sharded transformers model, or the DeepSpeed engine around it.
+        directory: created if missing. On a file system of its own, rank 0's host writes alone.
+        options: as of transformers' ``save_pretrained``: ``max_shard_size`` (5GB), ``variant``, ``push_to_hub`` with
+            ``repo_id``, ``token``, ``commit_message``, ``create_pr``, ``private``; ``save_original_format``.
+
+    Raises:
+        TensorParallelError: on every rank, when the model has no ``save_pretrained`` or writing failed.
+    """
+    from tp_plugin.integrations.transformers import export
+
+    export.save(model_or_engine, directory, **options)

@@ -1,10 +1,10 @@
-"""HF Trainer, under our slot: token counts of distinct batches, and no second record of the degree in DeepSpeed."""
+"""transformers under our slot: streamed saves, token counts of distinct batches, no second record of the degree."""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import record, tokens
+from tp_plugin.integrations.transformers import export, record, tokens
 
 _PATCHES = Patches()
-_PARTS = (record, tokens)
+_PARTS = (export, record, tokens)
 
 
 def install() -> None:
