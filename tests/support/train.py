@@ -32,6 +32,15 @@ def model_of(family: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     return make(family, seed=seed, **options)
 
 
+def adapted(model: torch.nn.Module, adapter: dict | None) -> torch.nn.Module:
+    """``model`` with an adapter of :func:`tests.support.adapters.adapt`, where one is asked for."""
+    if adapter is None:
+        return model
+    from tests.support.adapters import adapt
+
+    return adapt(model, **adapter)
+
+
 def micro_batches(step: int, dp: int, family: str = "") -> list[list[dict[str, torch.Tensor]]]:
     """[accumulation][dp rank] micro-batches of global batch ``step``."""
     rows = MICRO * dp * ACCUMULATION
@@ -50,9 +59,12 @@ def loss_of(model: Any, data: dict[str, torch.Tensor], step: int, family: str = 
     return model(**data, num_items_in_batch=torch.tensor(17.0 + step)).loss
 
 
-def truth(family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, **options: Any) -> dict:
+def truth(
+    family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: dict | None = None,
+    **options: Any,
+) -> dict:  # fmt: skip
     """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
-    model = model_of(family, heads=heads, tied=tied, **options)
+    model = adapted(model_of(family, heads=heads, tied=tied, **options), adapter)
     optim = optimizer_for(model, optimizer)
     losses, norms, grads = [], [], {}
     for step in range(STEPS):
@@ -68,7 +80,7 @@ def truth(family: str, heads: tuple[int, int], tied: bool | None, optimizer: str
         optim.step()
         optim.zero_grad()
         losses.append(total)
-    start = dict(model_of(family, heads=heads, tied=tied, **options).named_parameters())
+    start = dict(adapted(model_of(family, heads=heads, tied=tied, **options), adapter).named_parameters())
     params = {n: p.detach() for n, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "grads": grads, "params": params, "start": start}
 
@@ -106,11 +118,12 @@ def engine_by(
     """An engine made in one of three ways.
 
     ``slot``: the engine shards. ``early``: ``shard_model`` first, and the engine finds it done. ``mpu``: likewise,
-    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``.
+    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``. (``late`` is the model's to know: it
+    is sharded already, and adapters were put into it then.)
     """
     import tp_plugin
 
-    if way == "slot":
+    if way in ("slot", "late"):
         return engine_for(model, optimizer, config)
     record = tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
     if way == "early":
@@ -122,22 +135,26 @@ def engine_by(
 def compare(
     family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
     zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
-    gradients: bool = True, **options: Any,
+    gradients: bool = True, adapter: dict | None = None, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
     ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
     activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
     on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
+    ``adapter``: for :func:`tests.support.adapters.adapt`; before sharding, after it where ``way`` is "late".
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """
     import tp_plugin
 
     dp = dist.get_world_size() // tp
-    expected = truth(family, heads, tied, optimizer, dp, **options)
+    expected = truth(family, heads, tied, optimizer, dp, adapter, **options)
     seed = dist.get_rank() if seeded == "by rank" else 0
     model = model_of(family, seed, heads=heads, tied=tied, **options)
+    if way == "late":
+        tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
+    model = adapted(model, adapter)
     names = [(name, id(param)) for name, param in model.named_parameters()]
     optim = optimizer_for(model, optimizer)
     if checkpointing is not None:

@@ -28,6 +28,7 @@ def sum_partial_gradient(param: nn.Parameter, mesh: ParallelMesh) -> None:
         all_reduce_(grad, mesh.tp_group, purpose=PURPOSE)
         return grad
 
+    param.tp_partial_over = mesh  # type: ignore[attr-defined]
     _on_gradient(param, total)
 
 

@@ -77,14 +77,16 @@ def taken_out(model: nn.Module):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def cut(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
-    """Replace the data of ``param``, the full tensor, by this rank's shard, and note how it lies.
-
-    The gradient of what other ranks hold too is summed from then on.
-    """
+    """Replace the data of ``param``, the full tensor, by this rank's shard, and :func:`note` how it lies."""
     if tuple(param.shape) != layout.shape:
         raise TensorParallelError(f"a parameter of shape {tuple(param.shape)} is to be laid as {layout.shape}.")
     shard = layout.shard(param.data, mesh.tp_rank)
     param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
+    note(param, layout, mesh)
+
+
+def note(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
+    """Remember how ``param``, a shard, lies; the gradient of what other ranks hold too is summed from then on."""
     param.tp_layout = layout  # type: ignore[attr-defined]
     # Megatron's flag, which DeepSpeed's gradient norm asks: this rank counts the parameter. Rank 0 always
     # counts, so a replica's owner is the lowest rank that holds it.

@@ -7,6 +7,7 @@ an error. DDP users are used to being saved from that; so are ours.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,6 @@ def comm_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu")
 
 
-@torch.no_grad()
 def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
     """Give every rank of the TP group the parameters and buffers of its rank 0. Collective over the world.
 
@@ -57,7 +57,12 @@ def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
     Raises:
         TensorParallelError: the models differ in more than values (names, shapes, dtypes, what is trained).
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return equalise(dict(model.named_parameters()) | dict(model.named_buffers()), mesh)
+
+
+@torch.no_grad()
+def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[str]:
+    """The same for tensors by name."""
     if mesh.tp_group is None:
         return []
     shape = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors.items()]

@@ -38,6 +38,11 @@ class Sharding:
     linears: tuple[int, int]
     equalised: tuple[str, ...] = ()
 
+    def update(self, layouts: Mapping[str, ShardLayout], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Parameters were added or have other names now: adapters were put into the model."""
+        object.__setattr__(self, "layouts", layouts)
+        object.__setattr__(self, "shapes", shapes)
+
     def __deepcopy__(self, memo: dict) -> Sharding:
         raise TensorParallelError("a sharded model cannot be copied; copy it before sharding.")
 

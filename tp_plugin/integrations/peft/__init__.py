@@ -1,6 +1,9 @@
 """PEFT: adapters around the modules of a sharded model, put there before sharding or after."""
 
 import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
 
 from tp_plugin.integrations.contract import Patches
 
@@ -39,4 +42,22 @@ def check_contracts() -> None:
         part.check_contracts()
 
 
-__all__ = ["check_contracts", "install", "uninstall"]
+def is_adapted(model_or_engine: Any) -> bool:
+    """Whether this is a ``PeftModel``, or an engine around one."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+
+    from tp_plugin.weights.gather import unwrapped
+
+    return isinstance(unwrapped(model_or_engine), PeftModel)
+
+
+def save_adapters(model_or_engine: Any, directory: str | Path, **options: Any) -> None:
+    """See :func:`tp_plugin.integrations.peft.save.save_adapters`."""
+    from tp_plugin.integrations.peft import save
+
+    save.save_adapters(model_or_engine, directory, **options)
+
+
+__all__ = ["check_contracts", "install", "is_adapted", "save_adapters", "uninstall"]
