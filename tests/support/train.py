@@ -32,13 +32,13 @@ def model_of(family: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     return make(family, seed=seed, **options)
 
 
-def adapted(model: torch.nn.Module, adapter: dict | None) -> torch.nn.Module:
-    """``model`` with an adapter of :func:`tests.support.adapters.adapt`, where one is asked for."""
+def adapted(model: torch.nn.Module, adapter: str | None) -> torch.nn.Module:
+    """``model`` with an adapter of :mod:`tests.support.adapters`, where one is asked for."""
     if adapter is None:
         return model
     from tests.support.adapters import adapt
 
-    return adapt(model, **adapter)
+    return adapt(model, adapter)
 
 
 def micro_batches(step: int, dp: int, family: str = "") -> list[list[dict[str, torch.Tensor]]]:
@@ -60,7 +60,7 @@ def loss_of(model: Any, data: dict[str, torch.Tensor], step: int, family: str = 
 
 
 def truth(
-    family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: dict | None = None,
+    family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: str | None = None,
     **options: Any,
 ) -> dict:  # fmt: skip
     """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
@@ -135,14 +135,14 @@ def engine_by(
 def compare(
     family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
     zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
-    gradients: bool = True, adapter: dict | None = None, **options: Any,
+    gradients: bool = True, adapter: str | None = None, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
     ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
     activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
     on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
-    ``adapter``: for :func:`tests.support.adapters.adapt`; before sharding, after it where ``way`` is "late".
+    ``adapter``: one of :data:`tests.support.adapters.ADAPTERS`; after sharding where ``way`` is "late", else before.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """

@@ -37,7 +37,7 @@ class VocabParallelEmbedding(nn.Embedding):
         return self.tp_lookup(input, self.weight)
 
     def tp_lookup(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows of any table ``[rows of this rank, n]`` that is cut like this one: ids ``[...]``, output ``[..., n]``."""
+        """Rows of a table ``[rows of this rank, n]`` that is cut like this one: ids ``[...]``, output ``[..., n]``."""
         start, stop = self.tp_layout.parts[self.tp_mesh.tp_rank][0]
         vocabulary = self.tp_layout.shape[0]
         _check_ids(input, vocabulary)

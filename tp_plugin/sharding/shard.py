@@ -265,6 +265,7 @@ def _sum_partial(plan: Plan, find: Finder, mesh: ParallelMesh) -> None:
 def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
     """Hooks on the whole model: inputs compared, logits whole at the exit of a no_grad forward, no late resizing."""
     heads = [module for module in model.modules() if isinstance(module, VocabParallelHead)]
+    model.tp_heads = heads  # type: ignore[assignment]
     InputGuard(model, mesh, config)
 
     @torch.compiler.disable

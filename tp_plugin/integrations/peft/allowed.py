@@ -19,7 +19,7 @@ from tp_plugin.plans import plan as p
 TYPES = (PeftType.LORA, PeftType.IA3, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
 REPLICATED = (None, p.REPLICATED)
 STYLES: dict[type, tuple[str | None, ...]] = {
-    lora.Linear: (*REPLICATED, p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT, p.ENTER, p.LATENT),
+    lora.Linear: (*REPLICATED, p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT, p.VOCAB_HEAD, p.ENTER, p.LATENT),
     lora.Embedding: (*REPLICATED, p.VOCAB_EMBEDDING),
     VocabParallelLoraEmbedding: (*REPLICATED, p.VOCAB_EMBEDDING),
     ParamWrapper: (*REPLICATED, p.EXPERTS),
@@ -94,11 +94,9 @@ def objection(bare: nn.Module, plan: Plan) -> str | None:
         if style not in STYLES[type(tuner)]:
             hint = "train it whole by modules_to_save, or leave it out of target_modules"
             return f"{type(tuner).__name__} adapters on {name!r} ({style}) are not supported under sharding; {hint}."
-        if isinstance(tuner, ia3.IA3Layer) and placement is not None and not tuner.is_feedforward:
-            if placement.style == p.COLUMN and placement.outputs is not None:
-                return (
-                    f"IA3 on {name!r} scales key/value heads that ranks share; choose an autotp_size that divides them."
-                )
+        repeats = placement is not None and placement.style == p.COLUMN and placement.outputs is not None
+        if isinstance(tuner, ia3.IA3Layer) and repeats and not tuner.is_feedforward:
+            return f"IA3 on {name!r} scales key/value heads that ranks share; choose an autotp_size that divides them."
         for adapter in adapters_in(tuner):
             if error := _particulars(name, tuner, adapter, style, name in summed):
                 return error
@@ -109,8 +107,11 @@ def objection(bare: nn.Module, plan: Plan) -> str | None:
 
 
 def _particulars(name: str, tuner: Any, adapter: str, style: str | None, summed: bool) -> str | None:
-    if isinstance(tuner, lora.Linear) and summed and (tuner.lora_bias[adapter]):
-        return f"lora_bias on {name!r} would be added to a result that is partial still; set lora_bias=False."
+    if isinstance(tuner, lora.Linear) and tuner.lora_bias[adapter]:
+        if summed:
+            return f"lora_bias on {name!r} would be added to a result that is partial still; set lora_bias=False."
+        if style == p.VOCAB_HEAD:
+            return f"lora_bias on the head {name!r} is not supported; set lora_bias=False."
     return None
 
 

@@ -1,8 +1,8 @@
 """Adapters laid out by the modules they adapt.
 
 A delta has the rows or columns of its base. On a column ``A`` is replicated and reads what has entered the region, so
-its gradient is partial, and ``B`` is cut like the base. On a row ``A`` is cut like the base and its small output summed,
-and ``B`` is replicated. PEFT's own forward puts them together, whatever it does besides.
+its gradient is partial, and ``B`` is cut like the base. On a row ``A`` is cut like the base and its small output is
+summed, and ``B`` is replicated. PEFT's own forward puts them together, whatever it does besides.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tp_plugin.layers import (
     RowParallel,
     RowParallelLinear,
     VocabParallelEmbedding,
+    VocabParallelHead,
     draw_by_rank,
     draw_in_common,
     enter_after,
@@ -46,7 +47,10 @@ def lay(bare: nn.Module, mesh: ParallelMesh) -> None:
             if not getattr(marked(tuner, adapter), "tp_laid", False):
                 marked(tuner, adapter).tp_laid = True
                 _lay(tuner, adapter, base, mesh)
-        if isinstance(base, ColumnParallel) and not getattr(tuner, "tp_admitted", False):
+                if isinstance(base, VocabParallelHead) and (heads := getattr(bare, "tp_heads", None)) is not None:
+                    heads.append(tuner.lora_B[adapter])  # logits are made whole at the model's exit, not here
+        # columns of a shared expert have no door of their own: their block has one
+        if isinstance(base, ColumnParallel) and hasattr(base, "tp_region") and not hasattr(tuner, "tp_admitted"):
             tuner.tp_admitted = True
             base.tp_region.admit_around(tuner, base)
     for module in [*(wrapped(one) for *_, one in wrappers_of(bare)), *(twin for _, twin in twins_of(bare))]:
@@ -100,6 +104,11 @@ def _lay_linear(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None
         first.tp_setup(mesh, layout, split=base.tp_split, partial=base.tp_partial)
         if base.tp_partial:
             sum_partial_gradient(second.weight, mesh)
+    elif isinstance(base, VocabParallelHead):  # the sum of its logits and the base's is not computed either
+        layout = base.tp_layout.along(0, second.weight.shape)
+        _cut_all(second, layout, mesh)
+        second.__class__ = VocabParallelHead
+        second.tp_setup(mesh, layout, base.tp_workspace_bytes)
     elif hasattr(base, "tp_enters"):
         enter_after(second, *base.tp_enters)
 
@@ -113,7 +122,7 @@ def _lay_embedding(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> N
 
 
 def _lay_experts(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
-    """The delta of an expert's weight is added to its shard, inside the region: the factor that is not cut acts there."""
+    """An expert's delta is added to its shard, inside the region: there the factor that is not cut acts too."""
     layout = base.tp_layouts.get(tuner.parameter_name) if isinstance(base, ParallelExperts) else None
     if layout is None:
         return

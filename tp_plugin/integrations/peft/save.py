@@ -103,8 +103,10 @@ def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         if state is not None or state_of(self) is None:
             original(self, save_directory, *args, **options)
-        elif args or options.get("path_initial_model_for_weight_conversion") or not options.pop(
-            "safe_serialization", True
+        elif (
+            args
+            or options.get("path_initial_model_for_weight_conversion")
+            or not options.pop("safe_serialization", True)
         ):
             raise TensorParallelError(
                 "save_pretrained of a sharded PeftModel writes safetensors and takes its options by name, and "
