@@ -1,4 +1,4 @@
-"""PEFT adapters for the parity harness, none of whose tensors is left at a value that hides bugs (LoRA's B is zero)."""
+"""PEFT adapters for the parity harness, no tensor of which has a value that hides bugs (a LoRA's B begins as zeros)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import peft
 import torch
-
 
 EVERY = {"r": 4, "target_modules": "all-linear"}
 ATTENTION = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}

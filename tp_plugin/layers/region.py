@@ -35,6 +35,9 @@ class Region:
         self._entered: torch.Tensor | None = None  # kept until the row or the block is left: linears save views
         parent.register_forward_hook(self._after_parent, always_call=True)
 
+    def __deepcopy__(self, memo: dict) -> Region:
+        return self  # a copy of a column or a row (PEFT's modules_to_save) goes through the same door
+
     def admit(self, column: nn.Module) -> None:
         """Make this the door of ``column``.
 

@@ -82,7 +82,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
     agree(error)
     assert plan is not None
     equalised = make_equal(model, mesh)
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    shapes = {name: tuple(param.shape) for name, param in adapters.bare_of(model).named_parameters()}
     with adapters.taken_out(model) as (bare, twins):
         linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in bare.modules())
         find = _finder(bare, twins)
@@ -99,7 +99,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
         _guard_experts(bare)
     sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
     counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
-    record = Sharding(plan, mesh, config, layouts_of(model), shapes, counts, tuple(equalised))
+    record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
     setattr(bare, ATTRIBUTE, record)
     return record
 
@@ -145,7 +145,7 @@ def obstacle(model: nn.Module) -> str | None:
 def layouts_of(model: nn.Module) -> dict[str, ShardLayout]:
     """How the sharded parameters of ``model`` lie, under every name they have."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: param.tp_layout for name, param in named if hasattr(param, "tp_layout")}  # type: ignore[misc]
+    return {name: param.tp_layout for name, param in named if hasattr(param, "tp_layout")}
 
 
 Finder = Callable[[str], list[nn.Module]]

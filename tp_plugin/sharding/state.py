@@ -24,7 +24,8 @@ class Sharding:
     """The record that a sharded model carries.
 
     Attributes:
-        layouts: parameter name -> how it lies on the ranks; names that are missing are replicated.
+        layouts: parameter name -> how it lies on the ranks; names that are missing are replicated. Names are those in
+            the model that carries this, which may lie inside a ``PeftModel``.
         shapes: full shape of every parameter, by name, each tied parameter once.
         linears: how many linear layers are sharded, of how many (the head not counted).
         equalised: names of tensors that differed between the ranks of a TP group and were taken from its rank 0.

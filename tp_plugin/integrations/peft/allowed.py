@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
@@ -51,11 +52,10 @@ def obstacle(model: nn.Module) -> str | None:
                 f"{name!r} is adapted by a {type(tuner).__module__}.{type(tuner).__name__}, which tensor parallelism "
                 f"does not know; {_KNOWN}, or leave the module out of target_modules."
             )
-        variants = getattr(tuner, "lora_variant", {})
-        for adapter, variant in variants.items():
+        for adapter, variant in getattr(tuner, "lora_variant", {}).items():  # some come with init_lora_weights
             return (
-                f"{name!r} has the LoRA variant {type(variant).__name__} in adapter {adapter!r} (DoRA and the like), "
-                "which tensor parallelism does not support; train plain LoRA (use_dora=False), or use tp_size 1."
+                f"{name!r} has the LoRA variant {type(variant).__name__} in adapter {adapter!r}, which tensor "
+                "parallelism does not support; train plain LoRA, or use tp_size 1."
             )
     for _, _, name, wrapper in wrappers_of(bare):
         if not isinstance(wrapper, BaseTunerLayer) and type(wrapper) is not ModulesToSaveWrapper:
@@ -79,6 +79,13 @@ def config_obstacle(adapter: str, config: PeftConfig) -> str | None:
             f"adapter {adapter!r} is of PEFT type {getattr(config.peft_type, 'value', config.peft_type)}, which tensor "
             f"parallelism does not support; {_KNOWN}, or use tp_size 1."
         )
+    variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in variants:
+        if getattr(config, name):
+            return (
+                f"adapter {adapter!r} is a variant of LoRA ({name}), which tensor parallelism does not support; train "
+                f"plain LoRA (leave {name} off), or use tp_size 1."
+            )
     for name, what in (("layer_replication", "repeats layers"), ("ensure_weight_tying", "ties adapters")):
         if getattr(config, name, None):
             return f"adapter {adapter!r} {what} ({name}), which tensor parallelism does not support; switch it off."

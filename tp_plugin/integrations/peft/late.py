@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -20,11 +20,11 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract, out_of_range
 from tp_plugin.integrations.peft import allowed
 from tp_plugin.integrations.peft.lay import lay
-from tp_plugin.layers import Region, sum_partial_gradient
+from tp_plugin.layers import sum_partial_gradient
 from tp_plugin.layout import ShardLayout
 from tp_plugin.loss import VocabShard
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import Sharding, state_of
+from tp_plugin.sharding import state_of
 from tp_plugin.sharding.adapters import note
 from tp_plugin.sharding.equal import equalise
 from tp_plugin.sharding.shard import layouts_of
@@ -55,26 +55,31 @@ def _inject_method(original: Callable[..., Any]) -> Callable[..., Any]:
         if record is None:
             return original(self, model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        agree(_obstacle(model, adapter_name, config, kwargs.get("low_cpu_mem_usage", False)))
+        agree(_obstacle(model, adapter_name, config))
         before = {id(param) for param in model.parameters()}
         with _of_full_size(model):
             found = original(self, model, adapter_name, *args, **kwargs)
-        agree(allowed.obstacle(model) or allowed.objection(model, record.plan))
-        fresh = {name: param for name, param in model.named_parameters() if id(param) not in before}
+        made = {name: param for name, param in model.named_parameters() if id(param) not in before}
+        fresh = {name: param for name, param in made.items() if not hasattr(param, "tp_layout")}  # no twins of shards
+        agree(allowed.obstacle(model) or allowed.objection(model, record.plan) or _empty(fresh))
         equalise(fresh, record.mesh)
-        shapes = {name: tuple(param.shape) for name, param in fresh.items()}
         lay(model, record.mesh)
-        _remember(model, record, shapes)
+        shapes = {name: tuple(getattr(p, "tp_layout", p).shape) for name, p in model.named_parameters()}
+        record.update(layouts_of(model), shapes)
         return found
 
     return inject_adapter
 
 
-def _obstacle(model: nn.Module, adapter: str, config: Any, on_meta: bool) -> str | None:
+def _empty(fresh: Mapping[str, nn.Parameter]) -> str | None:
+    if any(param.is_meta for param in fresh.values()):
+        return "low_cpu_mem_usage=True makes adapters without values, which a sharded model cannot take; leave it off."
+    return None
+
+
+def _obstacle(model: nn.Module, adapter: str, config: Any) -> str | None:
     if error := out_of_range("peft", extra="peft") or allowed.config_obstacle(adapter, config):
         return error
-    if on_meta:
-        return "low_cpu_mem_usage=True makes adapters without values, which a sharded model cannot take; leave it off."
     if any(hasattr(param, "ds_id") for param in model.parameters()):
         return "this model's parameters are partitioned by ZeRO-3 already; add adapters before deepspeed.initialize."
     if getattr(config, "init_lora_weights", True) not in PLAIN_INITS:
@@ -100,7 +105,7 @@ def _of_full_size(model: nn.Module) -> Iterator[None]:
     for param in model.parameters():
         if hasattr(param, "tp_layout"):
             told.append(param)
-            param.ds_shape = param.tp_layout.shape  # DeepSpeed's name for the shape of what is partitioned
+            param.ds_shape = param.tp_layout.shape  # type: ignore[attr-defined]  # DeepSpeed's name for the shape of what is partitioned
     try:
         yield
     finally:
@@ -110,19 +115,13 @@ def _of_full_size(model: nn.Module) -> Iterator[None]:
             del param.ds_shape
 
 
-def _remember(model: nn.Module, record: Sharding, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Wrapped modules' parameters have other names now, and there are new ones."""
-    known = {name: tuple(getattr(p, "tp_layout", p).shape) for name, p in model.named_parameters()}
-    record.update(layouts_of(model), known | shapes)
-
-
 def _prompt_method(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _setup_prompt_encoder(self: PeftModel, adapter_name: str) -> Any:
         record = state_of(self)
         if record is None:
             return original(self, adapter_name)
-        agree(_obstacle(self, adapter_name, self.peft_config[adapter_name], False))
+        agree(_obstacle(self, adapter_name, self.peft_config[adapter_name]))
         with _of_full_size(self):
             found = original(self, adapter_name)
         equalise(dict(self.prompt_encoder[adapter_name].named_parameters()), record.mesh)
@@ -161,7 +160,7 @@ def _twin(module: nn.Module, mesh: ParallelMesh, _memo: dict) -> nn.Module:
             f"modules_to_save names a {type(module).__name__} that is sharded inside; name the linear layers in it one "
             "by one."
         )
-    shared = [value for value in vars(module).values() if isinstance(value, ParallelMesh | VocabShard | Region)]
+    shared = [value for value in vars(module).values() if isinstance(value, ParallelMesh | VocabShard)]
     twin = copy.deepcopy(module, {id(value): value for value in shared})
     for (_, old), (_, new) in zip(module.named_parameters(), twin.named_parameters(), strict=True):
         if hasattr(old, "tp_layout"):

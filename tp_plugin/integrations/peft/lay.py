@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners import ia3, lora
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -35,14 +36,15 @@ from tp_plugin.sharding.adapters import cut
 class VocabParallelLoraEmbedding(lora.Embedding):
     """LoRA on an embedding whose vocabulary is sharded: ``A`` ``[r, words of this rank]``, ``B`` replicated."""
 
-    def _embed(self, input, weight, *args, **kwargs):  # type: ignore[no-untyped-def]
-        return self.get_base_layer().tp_lookup(input, weight)
+    def _embed(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        return base.tp_lookup(input, weight)
 
 
 def lay(bare: nn.Module, mesh: ParallelMesh) -> None:
     """Shard every adapter in ``bare`` whose module is sharded and that was not laid before."""
     for _, tuner in tuners_of(bare):
-        base = wrapped(tuner)
+        base: Any = wrapped(tuner)
         for adapter in adapters_in(tuner):
             if not getattr(marked(tuner, adapter), "tp_laid", False):
                 marked(tuner, adapter).tp_laid = True
@@ -52,7 +54,7 @@ def lay(bare: nn.Module, mesh: ParallelMesh) -> None:
         # columns of a shared expert have no door of their own: their block has one
         if isinstance(base, ColumnParallel) and hasattr(base, "tp_region") and not hasattr(tuner, "tp_admitted"):
             tuner.tp_admitted = True
-            base.tp_region.admit_around(tuner, base)
+            base.tp_region.admit_around(tuner, base)  # type: ignore[union-attr,operator]
     for module in [*(wrapped(one) for *_, one in wrappers_of(bare)), *(twin for _, twin in twins_of(bare))]:
         for part in module.modules():
             take_full_tensors(part, mesh)
@@ -138,7 +140,7 @@ def _lay_experts(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> Non
 
 def _lay_ia3(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
     """A factor for each input (``is_feedforward``) or for each output of its base."""
-    factors = tuner.ia3_l[adapter]
+    factors: Any = tuner.ia3_l[adapter]
     if isinstance(base, ColumnParallel):
         if tuner.is_feedforward:
             sum_partial_gradient(factors, mesh)
@@ -151,9 +153,11 @@ def _lay_ia3(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
 
 def _cut_all(linear: nn.Linear, layout: ShardLayout, mesh: ParallelMesh) -> None:
     """Cut the weight, and, where its outputs are cut, the bias."""
-    cut(linear.weight, layout, mesh)
-    if linear.bias is not None and layout.dim == 0:
-        cut(linear.bias, layout.along(0, linear.bias.shape), mesh)
+    for param in linear.parameters(recurse=False):
+        if param.dim() == 2:
+            cut(param, layout, mesh)
+        elif layout.dim == 0:
+            cut(param, layout.along(0, param.shape), mesh)
     take_full_tensors(linear, mesh)
 
 

@@ -38,17 +38,20 @@ def _load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
         config, state = options.pop("peft_config", None), options.pop("adapter_state_dict", None)
         trained = options.pop("is_trainable", False)
         unknown = {name for name, value in options.items() if value not in (None, "auto", False)}
-        if args or unknown or (peft_model_id is None and (config is None or state is None)):
+        given = config is not None and state is not None
+        if args or unknown or (peft_model_id is None and not given):
             raise TensorParallelError(
                 "load_adapter on a sharded model takes a directory or repository (or peft_config and "
                 "adapter_state_dict), adapter_name and is_trainable by name; load with other options before sharding."
             )
-        config = PeftConfig.from_pretrained(peft_model_id) if config is None else config
+        where: Any = peft_model_id
+        config = PeftConfig.from_pretrained(where) if config is None else config
         config.inference_mode = not trained
         name = adapter_name or "default"
         inject_adapter_in_model(config, self, name)
         self._hf_peft_config_loaded = True
-        found = set_peft_model_state_dict(self, load_peft_weights(peft_model_id) if state is None else state, name)
+        state = load_peft_weights(where) if state is None else state
+        found: Any = set_peft_model_state_dict(self, state, name)
         missing = [key for key in found.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
         if missing or found.unexpected_keys:
             raise TensorParallelError(

@@ -46,9 +46,10 @@ def wrapped(wrapper: Any) -> nn.Module:
 def tuners_of(bare: nn.Module) -> Iterator[tuple[str, Any]]:
     """(full name of the module it adapts, layer with adapters); several where they are nested."""
     for _, _, name, wrapper in wrappers_of(bare):
-        while isinstance(wrapper, BaseTunerLayer):
-            yield name, wrapper
-            wrapper = wrapper.base_layer
+        layer: Any = wrapper
+        while isinstance(layer, BaseTunerLayer):
+            yield name, layer
+            layer = layer._modules.get("base_layer")  # type: ignore[attr-defined]
 
 
 def twins_of(bare: nn.Module) -> list[tuple[str, nn.Module]]:
