@@ -123,16 +123,26 @@ def all_gather(
 
 
 def gather_to(
-    tensor: torch.Tensor, group: dist.ProcessGroup | None, to: int, *, purpose: str = ""
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, to: int, sizes: Sequence[int], *, purpose: str = ""
 ) -> list[torch.Tensor] | None:
-    """Every rank's tensor, all of one shape, on rank ``to`` of the group; None on the others."""
+    """Every rank's 1-dim tensor, of ``sizes[rank]`` elements, on rank ``to`` of the group; None on the others.
+
+    Messages to one rank: nothing is padded, and a rank that has nothing sends nothing.
+    """
     if group is None:
         return [tensor]
     _note("gather", purpose, tensor)
-    mine = rank_in(group) == to
-    parts = [torch.empty_like(tensor) for _ in range(size_of(group))] if mine else None
-    dist.gather(tensor.contiguous(), parts, group=group, group_dst=to)
-    return parts
+    rank, found = rank_in(group), None
+    sends: list[dist.P2POp] = []
+    if rank == to:
+        found = [tensor if other == to else tensor.new_empty(size) for other, size in enumerate(sizes)]
+        others = [(other, part) for other, part in enumerate(found) if other != to and part.numel()]
+        sends = [dist.P2POp(dist.irecv, part, group=group, group_peer=other) for other, part in others]
+    elif tensor.numel():
+        sends = [dist.P2POp(dist.isend, tensor.contiguous(), group=group, group_peer=to)]
+    for work in dist.batch_isend_irecv(sends) if sends else []:
+        work.wait()
+    return found
 
 
 def start_all_gather(

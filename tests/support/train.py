@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from typing import Any
 
 import torch
@@ -123,13 +125,41 @@ def engine_by(
     """
     import tp_plugin
 
-    if way in ("slot", "late"):
+    if way in ("slot", "late", "load", "zero3 order"):
         return engine_for(model, optimizer, config)
     record = tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
     if way == "early":
         return engine_for(model, optimizer, config)
     rest = {key: value for key, value in config.items() if key not in ("tensor_parallel", "tp_plugin")}
     return engine_for(model, optimizer, rest, mpu=record.mesh)
+
+
+def reloaded(way: str, model: torch.nn.Module, tp: int, config: dict[str, Any]) -> torch.nn.Module:
+    """``model`` as a checkpoint of it loads: each rank its slices.
+
+    ``load``: by ``tp_plugin.from_pretrained``. ``zero3 order``: by transformers' own, under a live ZeRO-3 config.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    import tp_plugin
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder[0])
+    dist.barrier()
+    if way == "load":
+        options = tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2)
+        found = tp_plugin.from_pretrained(folder[0], config=options)
+    else:
+        tp_plugin.register()
+        alive = HfDeepSpeedConfig(config)
+        found = type(model).from_pretrained(folder[0])
+        assert alive.is_zero3()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return found.train()
 
 
 def compare(
@@ -139,9 +169,10 @@ def compare(
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
-    ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
-    activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
-    on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
+    ``way``: see :func:`engine_by` and :func:`reloaded`. ``zero`` and ``extra`` go into the DeepSpeed config.
+    ``checkpointing``: whether activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or
+    "by rank" for another model on every rank but the first, whose model is the truth. ``gradients``: whether to ask
+    DeepSpeed for each of them.
     ``adapter``: one of :data:`tests.support.adapters.ADAPTERS`; after sharding where ``way`` is "late", else before.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
@@ -152,6 +183,10 @@ def compare(
     expected = truth(family, heads, tied, optimizer, dp, adapter, **options)
     seed = dist.get_rank() if seeded == "by rank" else 0
     model = model_of(family, seed, heads=heads, tied=tied, **options)
+    zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    config = config_for(tp, stage, zero=zero, **(extra or {}))
+    if way in ("load", "zero3 order"):
+        model = reloaded(way, model, tp, config)
     if way == "late":
         tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
     model = adapted(model, adapter)
@@ -159,8 +194,7 @@ def compare(
     optim = optimizer_for(model, optimizer)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
-    engine = engine_by(way, model, optim, config_for(tp, stage, zero=zero, **(extra or {})), tp)
+    engine = engine_by(way, model, optim, config, tp)
     assert names == [(name, id(param)) for name, param in model.named_parameters()], "names or identities changed"
     errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0, "replicas": 0.0}
     dp_rank = dist.get_rank() // tp

@@ -77,12 +77,11 @@ def taken_out(model: nn.Module):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def cut(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
-    """Replace the data of ``param``, the full tensor, by this rank's shard, and :func:`note` how it lies."""
+    """Replace the data of ``param``, the full tensor, by this rank's shard."""
     if tuple(param.shape) != layout.shape:
         raise TensorParallelError(f"a parameter of shape {tuple(param.shape)} is to be laid as {layout.shape}.")
     shard = layout.shard(param.data, mesh.tp_rank)
     param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
-    note(param, layout, mesh)
 
 
 def note(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -35,8 +35,10 @@ from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
 from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding import adapters
+from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
 
 _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
@@ -73,7 +75,25 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             "build it anew."
         )
         return known
-    plan, error = None, obstacle(model)
+    plan = planned(model, config, mesh)
+    equalised = make_equal(model, mesh)
+    shapes = {name: tuple(param.shape) for name, param in adapters.bare_of(model).named_parameters()}
+    with adapters.taken_out(model) as (bare, twins):
+        for param, layout in _layouts(plan, _finder(bare, twins)):
+            cut(param, layout, mesh)
+    return install(model, plan, config, mesh, shapes, equalised)
+
+
+def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False) -> Plan:
+    """The plan of ``model``, once no rank finds anything that speaks against it; a collective call, nothing is touched.
+
+    Args:
+        unread: the parameters need not be there yet (on ``meta``, in a checkpoint).
+
+    Raises:
+        TensorParallelError: on every rank together.
+    """
+    plan, error = None, obstacle(model, unread=unread)
     if error is None:
         try:
             plan = _plan(model, config, mesh)
@@ -81,27 +101,7 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             error = str(refused)
     agree(error)
     assert plan is not None
-    equalised = make_equal(model, mesh)
-    shapes = {name: tuple(param.shape) for name, param in adapters.bare_of(model).named_parameters()}
-    with adapters.taken_out(model) as (bare, twins):
-        linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in bare.modules())
-        find = _finder(bare, twins)
-        _cut(plan, find, mesh)
-        _swap(bare, plan, find, mesh, config)
-        _sum_partial(plan, find, mesh)
-    library = adapters.of(model)
-    if library is not None:
-        library.lay(bare, mesh)
-    _guard(bare, mesh, config)
-    if plan.regions:
-        _guard_attentions(bare)
-    if plan.mixtures:
-        _guard_experts(bare)
-    sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
-    counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
-    record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
-    setattr(bare, ATTRIBUTE, record)
-    return record
+    return plan
 
 
 def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Plan:
@@ -114,15 +114,60 @@ def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) ->
     return plan
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """Why this model, as it is now, cannot be sharded; None if it can."""
+def install(
+    model: nn.Module,
+    plan: Plan,
+    config: TensorParallelConfig,
+    mesh: ParallelMesh,
+    shapes: Mapping[str, tuple[int, ...]],
+    equalised: Sequence[str] = (),
+) -> Sharding:
+    """Classes, hooks and the record of a model whose sharded parameters are this rank's shards already.
+
+    Args:
+        shapes: full shape of every parameter of the bare model, each tied one once.
+        equalised: names of tensors that differed between the ranks and were taken from one.
+    """
+    with remembering(model):
+        with adapters.taken_out(model) as (bare, twins):
+            find = _finder(bare, twins)
+            linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in bare.modules())
+            for param, layout in _layouts(plan, find):
+                adapters.note(param, layout, mesh)
+            _swap(bare, plan, find, mesh, config)
+            _sum_partial(plan, find, mesh)
+        library = adapters.of(model)
+        if library is not None:
+            library.lay(bare, mesh)
+        _guard(bare, mesh, config)
+        if plan.regions:
+            _guard_attentions(bare)
+        if plan.mixtures:
+            _guard_experts(bare)
+        sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
+        counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
+        record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
+        setattr(bare, ATTRIBUTE, record)
+    return record
+
+
+def layouts_by_name(model: nn.Module, plan: Plan) -> dict[str, ShardLayout]:
+    """How each parameter that ``plan`` cuts lies, by every name it has."""
+    found = {id(param): layout for param, layout in _layouts(plan, _finder(model, ()))}
+    tensors = model.named_parameters(remove_duplicate=False)
+    return {name: found[id(param)] for name, param in tensors if id(param) in found}
+
+
+def obstacle(model: nn.Module, *, unread: bool = False) -> str | None:
+    """Why this model, as it is now, cannot be sharded; None if it can. ``unread``: its parameters are read later."""
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):
             return (
                 "the model was built under DeepSpeed's zero.Init, its parameters are partitioned over the wrong group; "
-                "set zero3_init_flag: false in the accelerate config (or build the model before TrainingArguments)."
+                "call tp_plugin.register() before it is loaded (python -m tp_plugin.run does), or build it outside of "
+                "deepspeed.zero.Init."
             )
-        if param.is_meta:
+        if param.is_meta and not unread:
             return f"parameter {name!r} is on the meta device; load the weights before sharding."
         if param.grad is not None:
             return f"parameter {name!r} has a gradient already; shard before the first backward."
@@ -160,14 +205,15 @@ def _finder(bare: nn.Module, twins: adapters.Twins) -> Finder:
     return find
 
 
-def _cut(plan: Plan, find: Finder, mesh: ParallelMesh) -> None:
-    """Replace the data of every sharded parameter by this rank's shard; tied parameters once."""
+def _layouts(plan: Plan, find: Finder) -> list[tuple[nn.Parameter, ShardLayout]]:
+    """Every parameter that is cut, once, and how; of a tied one, the first that speaks of it counts."""
+    found: dict[int, tuple[nn.Parameter, ShardLayout]] = {}
     for name, placement in plan.placements.items():
         for module in find(name):
             for leaf, layout in placement.layouts.items():
                 param = getattr(module, leaf)
-                if not hasattr(param, "tp_layout"):
-                    adapters.cut(param, layout, mesh)
+                found.setdefault(id(param), (param, layout))
+    return list(found.values())
 
 
 def _swap(model: nn.Module, plan: Plan, find: Finder, mesh: ParallelMesh, config: TensorParallelConfig) -> None:

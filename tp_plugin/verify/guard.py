@@ -26,12 +26,21 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
         TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
             be made.
     """
-    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None and not obstacle(model):
-        with adapters.taken_out(model) as (bare, _):
-            inferred = _is_inferred(bare, config)
-        if inferred:
-            config = _tried(bare, config, mesh)
-    return shard_in_place(model, config, mesh)  # which says so if there is an obstacle, on all ranks together
+    return shard_in_place(model, proven(model, config, mesh), mesh)
+
+
+def proven(
+    model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False
+) -> TensorParallelConfig:
+    """``config`` with what the trial of inferred rules taught; itself where there is nothing to try. Collective.
+
+    ``unread``: the model's parameters are read later; the trial needs its config alone.
+    """
+    if config.infer != "checked" or mesh.tp_size == 1 or state_of(model) is not None or obstacle(model, unread=unread):
+        return config  # an obstacle shard_in_place will name, on all ranks together
+    with adapters.taken_out(model) as (bare, _):
+        inferred = _is_inferred(bare, config)
+    return _tried(bare, config, mesh) if inferred else config
 
 
 def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:

@@ -102,7 +102,7 @@ def stream(
     writer: int,
     sink: Sink,
     compute: Compute | None = None,
-    bucket: int = BUCKET,
+    bucket: int | None = None,
 ) -> None:
     """Hand ``outputs`` to ``sink`` on TP rank ``writer`` of data-parallel replica ``replica``, in order.
 
@@ -112,36 +112,60 @@ def stream(
         tensors: name -> this rank's tensor, as of :func:`persistent`.
         outputs: what to make; the same on all ranks.
         compute: makes the outputs that are no view of one source.
-        bucket: bytes of full tensors gathered at a time; an output that is no run of rows may exceed it.
+        bucket: bytes of full tensors gathered at a time, None for :data:`BUCKET`; an output that is no
+            run of rows may exceed it.
     """
-    mine = mesh.dp_rank == replica
-    for steps in _buckets(tensors, outputs, bucket):
-        spans = list(dict.fromkeys(span for step in steps for span in step.spans))
-        partitioned = [
-            tensors[name] for name in dict.fromkeys(s.name for s in spans) if hasattr(tensors[name], "ds_id")
-        ]
-        if not mine and not partitioned:
-            continue
-        with _unpartitioned(partitioned):
+    mine, made_whole = mesh.dp_rank == replica, _MadeWhole()
+    with made_whole:
+        for steps in _buckets(tensors, outputs, bucket or BUCKET):
+            spans = list(dict.fromkeys(span for step in steps for span in step.spans))
+            made_whole.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
             found = _fetch(tensors, spans, mesh, writer) if mine else None
-        if found is None:
-            continue
-        made: dict[tuple[str, ...], Mapping[str, torch.Tensor]] = {}
-        for step in steps:
-            output, view = step.output, step.output.view
-            if view is None:
-                if compute is None:
-                    raise ValueError(f"{output.name!r} has to be computed and nothing was given to compute it")
-                sources = output.sources
-                if sources not in made:
-                    made[sources] = compute({s.name: found[s] for s in step.spans})
-                sink(output, made[sources][output.name], 0)
-            elif step.whole_rows:
-                sink(output, found[step.spans[0]].reshape(-1), step.spans[0].start * _row(output.shape))
-            else:
-                rows = found[step.spans[0]]
-                first = step.spans[0].start * _row(full_shape(tensors[output.sources[0]]))
-                sink(output, rows.as_strided(view.size, view.stride, view.offset - first).contiguous(), 0)
+            if found is not None:
+                _hand_over(tensors, steps, found, sink, compute)
+            del found
+
+
+def _hand_over(
+    tensors: Mapping[str, torch.Tensor],
+    steps: Sequence[_Step],
+    found: Mapping[Span, torch.Tensor],
+    sink: Sink,
+    compute: Compute | None,
+) -> None:
+    made: dict[tuple[str, ...], Mapping[str, torch.Tensor]] = {}
+    for step in steps:
+        output, view = step.output, step.output.view
+        if view is None:
+            if compute is None:
+                raise ValueError(f"{output.name!r} has to be computed and nothing was given to compute it")
+            if output.sources not in made:
+                made[output.sources] = compute({span.name: found[span] for span in step.spans})
+            sink(output, made[output.sources][output.name], 0)
+        elif step.whole_rows:
+            sink(output, found[step.spans[0]].reshape(-1), step.spans[0].start * _row(output.shape))
+        else:
+            rows = found[step.spans[0]]
+            first = step.spans[0].start * _row(full_shape(tensors[output.sources[0]]))
+            sink(output, rows.as_strided(view.size, view.stride, view.offset - first).contiguous(), 0)
+
+
+class _MadeWhole(contextlib.ExitStack):
+    """The parameters of the bucket at hand, whole over their data-parallel group where ZeRO-3 holds them in parts."""
+
+    _now: tuple[int, ...] = ()
+
+    def change_to(self, tensors: Sequence[torch.Tensor]) -> None:
+        parted = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        ids = tuple(map(id, parted))
+        if ids == self._now:  # a large parameter is more than one bucket
+            return
+        self.close()
+        self._now = ids
+        if parted:
+            import deepspeed
+
+            self.enter_context(deepspeed.zero.GatheredParameters(parted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,39 +218,38 @@ def _fetch(
 ) -> dict[Span, torch.Tensor] | None:
     """The full rows of each span on the CPU of the writer, None elsewhere: one collective, if any is needed."""
     layouts = {span: _layout(tensors[span.name]) for span in spans}
-    cut = [(span, layout.rows(span.start, span.stop)) for span, layout in layouts.items() if layout is not None]
-    everyone: list[torch.Tensor] | None = []
+    cut = {span: layout.rows(span.start, span.stop) for span, layout in layouts.items() if layout is not None}
+    shards: dict[Span, list[torch.Tensor]] = {span: [] for span in cut}
     if cut:
-        device = comm_device(mesh.tp_group)
-        longest = max(sum(_room(span, of, tensors, rank) for span, of in cut) for rank in range(mesh.tp_size))
-        packed = torch.empty(longest, dtype=torch.uint8, device=device)
-        offset = 0
-        for span, of in cut:
-            runs = layouts[span].local_rows(mesh.tp_rank, span.start, span.stop)  # type: ignore[union-attr]
-            for start, stop in runs:
+        sizes = [sum(_room(span, of, tensors, rank) for span, of in cut.items()) for rank in range(mesh.tp_size)]
+        packed = torch.empty(sizes[mesh.tp_rank], dtype=torch.uint8, device=comm_device(mesh.tp_group))
+        place = 0
+        for span, of in cut.items():
+            offset = place
+            for start, stop in layouts[span].local_rows(mesh.tp_rank, span.start, span.stop):  # type: ignore[union-attr]
                 piece = tensors[span.name].detach()[start:stop].contiguous().view(-1)
                 if piece.numel():
                     packed[offset : offset + piece.nbytes].copy_(piece.view(torch.uint8))
                 offset += piece.nbytes
-            offset += -offset % _ALIGNMENT
-        everyone = gather_to(packed, mesh.tp_group, writer, purpose="export")
-    if mesh.tp_rank != writer or everyone is None:
+            place += _room(span, of, tensors, mesh.tp_rank)
+        everyone = gather_to(packed, mesh.tp_group, writer, sizes, purpose="export")
+        for rank, received in enumerate(everyone or []):
+            place = 0
+            for span, of in cut.items():
+                shape, dtype = of.local_shape(rank), tensors[span.name].dtype
+                data = received[place : place + math.prod(shape) * dtype.itemsize]
+                shards[span].append(data.view(dtype).view(shape))
+                place += _room(span, of, tensors, rank)
+    if mesh.tp_rank != writer:
         return None
     found: dict[Span, torch.Tensor] = {}
-    places = [0] * mesh.tp_size
     for span in spans:
-        tensor = tensors[span.name]
-        if layouts[span] is None:
-            rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()[span.start : span.stop]
-            found[span] = rows.to("cpu", copy=True).contiguous()
+        if span in cut:
+            found[span] = cut[span].unshard(shards[span]).cpu()
             continue
-        of = layouts[span].rows(span.start, span.stop)  # type: ignore[union-attr]
-        shards = []
-        for rank, place in enumerate(places):
-            size = math.prod(of.local_shape(rank)) * tensor.dtype.itemsize
-            shards.append(everyone[rank][place : place + size].view(tensor.dtype).view(of.local_shape(rank)))
-            places[rank] += _room(span, of, tensors, rank)
-        found[span] = of.unshard(shards).cpu()
+        tensor = tensors[span.name].detach()
+        rows = tensor[span.start : span.stop] if tensor.dim() else tensor.reshape(1)
+        found[span] = rows.to("cpu", copy=True).contiguous()
     return found
 
 
@@ -250,15 +273,6 @@ def _row(shape: Sequence[int]) -> int:
 
 def _whole(shape: tuple[int, ...]) -> View:
     return View(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 0)
-
-
-def _unpartitioned(params: list[Any]) -> contextlib.AbstractContextManager:
-    """ZeRO-3 parameters are gathered over their data-parallel group inside this context."""
-    if not params:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(params)
 
 
 @contextlib.contextmanager

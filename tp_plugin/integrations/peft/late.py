@@ -27,6 +27,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
 from tp_plugin.sharding.adapters import note
 from tp_plugin.sharding.equal import equalise
+from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.shard import layouts_of
 
 PLAIN_INITS = (True, False, "gaussian")
@@ -63,7 +64,8 @@ def _inject_method(original: Callable[..., Any]) -> Callable[..., Any]:
         fresh = {name: param for name, param in made.items() if not hasattr(param, "tp_layout")}  # no twins of shards
         agree(allowed.obstacle(model) or allowed.objection(model, record.plan) or _empty(fresh))
         equalise(fresh, record.mesh)
-        lay(model, record.mesh)
+        with remembering(model):
+            lay(model, record.mesh)
         shapes = {name: tuple(getattr(p, "tp_layout", p).shape) for name, p in model.named_parameters()}
         record.update(layouts_of(model), shapes)
         return found

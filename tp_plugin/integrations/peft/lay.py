@@ -30,7 +30,7 @@ from tp_plugin.layers import (
 )
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding.adapters import cut
+from tp_plugin.sharding.adapters import cut, note
 
 
 class VocabParallelLoraEmbedding(lora.Embedding):
@@ -118,7 +118,7 @@ def _lay_linear(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None
 def _lay_embedding(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
     if isinstance(base, VocabParallelEmbedding):
         table = tuner.lora_embedding_A
-        cut(table[adapter], base.tp_layout.along(1, table[adapter].shape), mesh)
+        place(table[adapter], base.tp_layout.along(1, table[adapter].shape), mesh)
         tuner.__class__ = VocabParallelLoraEmbedding
         take_full_tensors(table, mesh)
 
@@ -145,9 +145,9 @@ def _lay_ia3(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
         if tuner.is_feedforward:
             sum_partial_gradient(factors, mesh)
         elif not base.tp_gather:
-            cut(factors, base.tp_layout.along(0, factors.shape), mesh)
+            place(factors, base.tp_layout.along(0, factors.shape), mesh)
     elif isinstance(base, RowParallel) and tuner.is_feedforward and not base.tp_split:
-        cut(factors, base.tp_layout.along(1, factors.shape), mesh)
+        place(factors, base.tp_layout.along(1, factors.shape), mesh)
     take_full_tensors(tuner.ia3_l, mesh)
 
 
@@ -155,10 +155,16 @@ def _cut_all(linear: nn.Linear, layout: ShardLayout, mesh: ParallelMesh) -> None
     """Cut the weight, and, where its outputs are cut, the bias."""
     for param in linear.parameters(recurse=False):
         if param.dim() == 2:
-            cut(param, layout, mesh)
+            place(param, layout, mesh)
         elif layout.dim == 0:
-            cut(param, layout.along(0, param.shape), mesh)
+            place(param, layout.along(0, param.shape), mesh)
     take_full_tensors(linear, mesh)
+
+
+def place(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
+    """Keep this rank's shard of a whole parameter, and remember how it lies."""
+    cut(param, layout, mesh)
+    note(param, layout, mesh)
 
 
 def take_full_tensors(module: nn.Module, mesh: ParallelMesh) -> None:

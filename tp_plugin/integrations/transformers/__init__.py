@@ -1,10 +1,10 @@
-"""transformers under our slot: streamed saves, token counts of distinct batches, no second record of the degree."""
+"""transformers under our slot: models loaded by slices, streamed saves, tokens counted once, one record of the degree."""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import export, record, tokens
+from tp_plugin.integrations.transformers import export, loading, record, tokens
 
 _PATCHES = Patches()
-_PARTS = (export, record, tokens)
+_PARTS = (loading, export, record, tokens)
 
 
 def install() -> None:

@@ -69,29 +69,29 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     directory, first = Path(directory), not dist.is_initialized() or dist.get_rank() == 0
     push = {name: options.pop(name) for name in ("push_to_hub", *_HUB_OPTIONS) if name in options}
     options.pop("is_main_process", None)
-    staging: Path | None = None
+    staging, files = directory / f".saving-{secrets.token_hex(4)}", Files()
+    error: str | None = None
+    if first:
+        try:
+            staging.mkdir(parents=True)
+            files = _described(model, staging, options)
+        except Exception as failure:  # whatever it was, every rank must learn of it
+            error = _sentence(directory, failure)
     try:
-        error: str | None = None
-        files: Files = []
-        if first:
-            try:
-                staging = directory / f".saving-{secrets.token_hex(4)}"
-                staging.mkdir(parents=True)
-                files = _described(model, staging, options)
-            except Exception as failure:  # whatever it was, every rank must learn of it
-                error = _sentence(directory, failure)
         agree(error)
-        place, files = _from_first((staging, files))
-        agree(_written(model_or_engine, model, place, files))
+        staging, files = _from_first((staging, files))
+        agree(_written(model_or_engine, model, staging, files))
         if first:
             try:
-                _publish(place, directory, {name for name, _, _ in files}, options.get("variant"))
+                _publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
             except Exception as failure:
                 error = _sentence(directory, failure)
         agree(error)
     finally:
-        if staging is not None:
+        if first:
             shutil.rmtree(staging, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()  # nobody sees the directory before it is tidy
     if push.get("push_to_hub"):
         if first:
             try:
@@ -140,7 +140,7 @@ def _described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
     sources, hollow = persistent(model), {}
     for name, tensor in sources.items():
         hollow[name] = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
-        hollow[name].tp_sources = (name,)
+        hollow[name].tp_sources = (name,)  # type: ignore[attr-defined]
     storages = {StorageWeakRef(tensor.untyped_storage()): name for name, tensor in hollow.items()}
     files: Files = []
 
@@ -148,11 +148,10 @@ def _described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
         outputs = []
         for name, tensor in tensors.items():
             source = storages.get(StorageWeakRef(tensor.untyped_storage()))
-            view = (
-                View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())) if source is not None else None
-            )
+            shape = tuple(tensor.shape)
+            view = View(shape, tensor.stride(), int(tensor.storage_offset())) if source is not None else None
             made_of = (source,) if source is not None else tensor.tp_sources  # type: ignore[attr-defined]
-            outputs.append(Output(name, tensor.dtype, tuple(tensor.shape), made_of, view))
+            outputs.append(Output(name, tensor.dtype, shape, made_of, view))
         files.append((os.path.basename(filename), outputs, metadata or {}))
 
     options = {"max_shard_size": "5GB"} | dict(options)
@@ -163,7 +162,7 @@ def _described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
             model.save_pretrained(staging, state_dict=dict(hollow), is_main_process=True, **options)
     finally:
         modeling_utils.safe_save_file = original
-    for index in staging.glob("*.index.json"):
+    for index in staging.glob("*.index*.json"):
         text = json.loads(index.read_text())  # transformers counted the parameters of this rank
         distinct = {id(tensor): full_shape(tensor) for tensor in model.parameters()}
         text["metadata"]["total_parameters"] = sum(map(math.prod, distinct.values()))
@@ -225,12 +224,9 @@ def _publish(staging: Path, directory: Path, weights: set[str], variant: str | N
     for path in fresh:
         _fsync(path)
     (directory / "config.json").unlink(missing_ok=True)
-    suffix = f".{variant}" if variant else ""
-    numbered = (
-        f"model{suffix}-?????-of-?????.safetensors" if not variant else f"model-?????-of-?????{suffix}.safetensors"
-    )
-    stale = {*directory.glob(numbered), directory / f"model{suffix}.safetensors"}
-    stale.add(directory / f"model.safetensors.index{suffix}.json")
+    infix = f".{variant}" if variant else ""
+    stale = set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
+    stale |= {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
     for path in stale - {directory / name for name in weights}:
         path.unlink(missing_ok=True)
     for path in sorted(fresh, key=lambda path: (path.name == "config.json", path.name not in weights)):
