@@ -148,6 +148,28 @@ class ShardLayout:
             return [whole]
         return [(*whole[: self.dim], slice(start, stop), *whole[self.dim + 1 :]) for start, stop in self.parts[rank]]
 
+    def rows(self, start: int, stop: int) -> ShardLayout:
+        """How ``full[start:stop]``, a run of the first dimension, lies on the ranks."""
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} are empty or lie outside of shape {self.shape}")
+        shape = (stop - start, *self.shape[1:])
+        if self.dim != 0:
+            return ShardLayout(shape, self.dim, self.parts)
+        held = [[(max(a, start) - start, min(b, stop) - start) for a, b in part] for part in self.parts]
+        return ShardLayout(shape, 0, tuple(_merge([(a, b) for a, b in part if a < b]) for part in held))
+
+    def local_rows(self, rank: int, start: int, stop: int) -> list[Interval]:
+        """Rows of the shard of ``rank`` that, one behind the other, are its shard of ``full[start:stop]``."""
+        if self.dim != 0:
+            return [(start, stop)]
+        found, local = [], 0
+        for a, b in self.parts[rank]:
+            first, last = max(a, start), min(b, stop)
+            if first < last:
+                found.append((local + first - a, local + last - a))
+            local += b - a
+        return found
+
     def shard(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         """The shard of ``rank``, a contiguous copy (replicated: the tensor itself)."""
         if tuple(full.shape) != self.shape:

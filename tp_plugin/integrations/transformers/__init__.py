@@ -1,10 +1,10 @@
-"""HF Trainer, under our slot: token counts of distinct batches, and no second record of the degree in DeepSpeed."""
+"""transformers under our slot: models loaded by slices, streamed saves, tokens counted once, one record of the degree."""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import record, tokens
+from tp_plugin.integrations.transformers import export, loading, record, tokens
 
 _PATCHES = Patches()
-_PARTS = (record, tokens)
+_PARTS = (loading, export, record, tokens)
 
 
 def install() -> None:
