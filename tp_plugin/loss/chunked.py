@@ -189,9 +189,8 @@ class _Collected:
         self.job = job
         names = ("losses", "logprobs", "log_z", *more)
         # each a tensor of its own: views of one could not be changed in place by whoever gets them
-        kinds = {"dtype": job.head.wide, "device": job.labels.device}
-        found = {name: torch.zeros(job.labels.shape, **kinds) for name in names}
-        self.stats = TokenStats(**({"entropy": None} | found))
+        shape, wide, device = job.labels.shape, job.head.wide, job.labels.device
+        self.stats = TokenStats(**{name: torch.zeros(shape, dtype=wide, device=device) for name in names})
 
     def put(self, rows: slice, stats: RowStats) -> None:
         valid, all_rows = self.job.valid[rows], self.stats

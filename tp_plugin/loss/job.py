@@ -95,7 +95,7 @@ class TokenStats:
     losses: torch.Tensor
     logprobs: torch.Tensor
     log_z: torch.Tensor
-    entropy: torch.Tensor | None
+    entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     log_square_sum: torch.Tensor | None = None
     top_id: torch.Tensor | None = None

@@ -3,9 +3,7 @@
 import importlib
 
 import pytest
-import trl.trainer.dpo_trainer
-import trl.trainer.reward_trainer
-import trl.trainer.sft_trainer
+import trl
 import trl.trainer.utils
 
 from tests.integrations.moved import assert_source_has
@@ -37,7 +35,7 @@ def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
 def test_an_output_that_moves_is_named(monkeypatch):
     module = importlib.import_module(UTILS._ChunkedLogProbFunction.__module__)
     monkeypatch.setattr(module, "OPTIONAL_OUTPUTS", (*module.OPTIONAL_OUTPUTS, "variance"))
-    with pytest.raises(TensorParallelError, match="OPTIONAL_OUTPUTS is .*'variance'"):
+    with pytest.raises(TensorParallelError, match=r"OPTIONAL_OUTPUTS is .*'variance'"):
         head.check_contracts(UTILS)
 
 

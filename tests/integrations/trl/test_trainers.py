@@ -1,4 +1,4 @@
-"""Trainers and options of TRL that were not shown right on a sharded model are refused on every rank, before training."""
+"""Trainers and options of TRL that were not shown to be right on a sharded model are refused on every rank."""
 
 from __future__ import annotations
 

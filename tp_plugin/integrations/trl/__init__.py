@@ -4,9 +4,11 @@ refused. TRL is optional and slow to import, so its modules are patched when som
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
-from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.late import AfterImport
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.integrations.contract import Patches, out_of_range
+from tp_plugin.integrations.late import AfterImport, Lay
 from tp_plugin.integrations.trl import head, trainers
 
 _PATCHES = Patches()
@@ -17,7 +19,7 @@ _WAITING: AfterImport | None = None
 def install() -> None:
     """Patch TRL now or as soon as it is imported; calling it again does nothing.
 
-    Raises TensorParallelError, or lets the import raise it, if a name has moved.
+    Raises TensorParallelError, or lets the import raise it, if a name has moved or the version is none we know.
     """
     global _WAITING
     if _WAITING is None:
@@ -42,8 +44,10 @@ def check_contracts() -> None:
         part.check_contracts(importlib.import_module(part.MODULE))
 
 
-def _laying(part: ModuleType):
+def _laying(part: Any) -> Lay:
     def lay(module: ModuleType) -> None:
+        if error := out_of_range("trl", extra="trl"):
+            raise TensorParallelError(error)
         part.check_contracts(module)
         part.install(_PATCHES, module)
 

@@ -1,8 +1,8 @@
 """``add_fused_lm_head``: log-probabilities and their company from a sharded head.
 
-TRL's forward with a fused head multiplies hidden states by ``lm_head.weight`` itself, past the head's module. All of it
-(which positions are scored, masks, the auxiliary loss) stays TRL's; only the autograd Function that is handed the weight
-is ours where that weight is a shard.
+TRL's forward with a fused head multiplies hidden states by ``lm_head.weight`` itself, past the head's module. All of
+it (which positions are scored, masks, the auxiliary loss) stays TRL's; only the autograd Function that is handed the
+weight is ours where that weight is a shard.
 """
 
 from __future__ import annotations

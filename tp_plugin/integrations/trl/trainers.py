@@ -1,4 +1,4 @@
-"""Which of TRL's trainers, and with which options, were shown to be right on a sharded model; all others are refused."""
+"""Which of TRL's trainers, with which options, were shown to be right on a sharded model; all others are refused."""
 
 from __future__ import annotations
 
