@@ -78,9 +78,13 @@ def launched(slow: bool, world: int, tp: int) -> list[list[dict | str]]:
     return on_ranks(world, trl_runs.run_all, "sharded", cases, timeout_s=3000, env={"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
+def name_of(case: dict) -> str:
+    return "-".join("+".join(value) if isinstance(value, dict | list) else str(value) for value in case.values())
+
+
 def parameters(slow: bool) -> list:
     return [
-        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + "-".join(map(str, case.values())))
+        pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-" + name_of(case))
         for (world, tp), cases in (WHOLE if slow else CASES).items()
         for index, case in enumerate(cases)
     ]

@@ -58,9 +58,9 @@ def _by_shards(original: Any) -> Any:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = tuple(_OURS),
         ) -> tuple[torch.Tensor | None, ...]:
-            vocab = getattr(weight, "tp_vocab", None)
-            if vocab is None:
-                if hasattr(weight, "tp_layout"):
+            vocab, layout = getattr(weight, "tp_vocab", None), getattr(weight, "tp_layout", None)
+            if vocab is None or weight.shape[0] != vocab.rows:  # whole, or gathered to be so
+                if layout is not None and tuple(weight.shape) != layout.shape:
                     raise TensorParallelError(
                         "TRL's fused language-model head reads the weight of a head that is sharded but not as a "
                         "vocabulary-parallel one; leave it replicated by a rule of style 'replicate'."
