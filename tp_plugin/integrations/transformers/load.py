@@ -196,7 +196,7 @@ class Load:
         with self.together(), torch.no_grad():
             share_new(model, self.new, self.layouts, self.mesh)
             equalised = make_equal(model, self.mesh, leaving=self.layouts)
-            record = install_sharded(model, self.plan, self.config, self.mesh, self.layouts, self.shapes, equalised)
+            record = install_sharded(model, self.plan, self.config, self.mesh, self.shapes, equalised)
             watched(model, record)
 
     def close(self) -> None:
