@@ -237,18 +237,18 @@ def drops_out() -> None:
 
 def seeded_by_rank() -> None:
     """Adapters that each rank would begin otherwise begin alike, as those of the TP group's first rank."""
-    torch.manual_seed(0)
-    truth = peft.get_peft_model(make("Llama"), lora(target_modules="all-linear", init_lora_weights="gaussian"))
-    sharded = shard(make("Llama"))
-    torch.manual_seed(dist.get_rank())
-    late = peft.get_peft_model(sharded, lora(target_modules="all-linear", init_lora_weights="gaussian"))
-    torch.manual_seed(dist.get_rank())
-    early = peft.get_peft_model(make("Llama"), lora(target_modules="all-linear", init_lora_weights="gaussian"))
+
+    def begun(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, lora(target_modules="all-linear", init_lora_weights="gaussian"))
+
+    rank = dist.get_rank()
+    truth, early, late = begun(make("Llama"), 0), begun(make("Llama"), rank), begun(shard(make("Llama")), rank)
     for model in (late, shard(early)):
         for (name, param), (_, wanted) in zip(model.named_parameters(), truth.named_parameters(), strict=True):
             if "lora_A" in name:
                 layout = getattr(param, "tp_layout", None)
-                assert torch.equal(param, wanted if layout is None else layout.shard(wanted, dist.get_rank())), name
+                assert torch.equal(param, wanted if layout is None else layout.shard(wanted, rank)), name
 
 
 def collectives() -> None:
