@@ -33,7 +33,7 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
 def watched(model: nn.Module, record: Sharding) -> Sharding:
     """The record of a sharded model, whose first step will be checked; see :mod:`tp_plugin.verify.first_step`."""
     if guard_of(model) is None and record.mesh.tp_size > 1:
-        StepGuard(model, record)
+        StepGuard(adapters.bare_of(model), record)
     return record
 
 

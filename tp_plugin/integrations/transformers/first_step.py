@@ -14,6 +14,7 @@ from transformers import Trainer
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.sharding.inputs import broadcast_tree
 from tp_plugin.verify.first_step import guard_of
+from tp_plugin.weights.gather import unwrapped
 
 
 def check_contracts() -> None:
@@ -39,7 +40,7 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
                 batch = broadcast_tree(batch, guard.mesh)
             guard.inputs.compare(guard.model, (), batch)
             with _unchanged(self), self.compute_loss_context_manager():
-                guard.examine(self.compute_loss, batch)
+                guard.examine(self.compute_loss, batch, unwrapped(model))
         return original(self, model, inputs, *args, **kwargs)
 
     return training_step
