@@ -11,9 +11,10 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch.nn import functional as F
 
 import tp_plugin
+from tests.support.adapters import adapt
 from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
-from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
+from tests.support.train import config_for, engine_for, loss_of, micro_batches, model_of, optimizer_for
 from tp_plugin.layers import RowParallelLinear
 from tp_plugin.verify import first_step
 from tp_plugin.verify.first_step import guard_of
@@ -32,15 +33,20 @@ SOUND = {
     "Bert ZeRO-1": ("bert", 1, {}),
     "Llama bf16 ZeRO-1": ("Llama", 1, {"bf16": {"enabled": True}}),
     "Mixtral bf16 ZeRO-3": ("Mixtral", 3, {"bf16": {"enabled": True}}),
+    "Llama LoRA ZeRO-3": ("Llama", 3, {"adapter": "every linear"}),
+    "Llama LoRA of head and table ZeRO-1": ("Llama", 1, {"adapter": "vocabulary"}),
+    "Qwen3 copies to save ZeRO-2": ("Qwen3", 2, {"adapter": "norms to save"}),
+    "Mixtral LoRA of experts ZeRO-1": ("Mixtral", 1, {"adapter": "experts"}),
+    "Llama IA3 ZeRO-1": ("Llama", 1, {"adapter": "IA3"}),
 }
 
 
 def engine_of(family, stage, extra=None, **options):
-    from tests.support.train import model_of
-
     extra = dict(extra or {})
     block = {"quiet": True, "check_batch_every": 2, **extra.pop("tp_plugin", {})}
+    adapter = options.pop("adapter", None)
     model = model_of(family, **options)
+    model = adapt(model, adapter) if adapter else model
     return engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage, **extra, tp_plugin=block))
 
 
@@ -55,7 +61,7 @@ def sound():
     """By case: the largest relative difference that the guard saw, by quantity."""
     found = {}
     for name, (family, stage, extra) in SOUND.items():
-        options = {"heads": extra["heads"]} if "heads" in extra else {}
+        options = {key: value for key, value in extra.items() if key in ("heads", "adapter")}
         engine = engine_of(family, stage, {} if options else extra, **options)
         seen: dict[str, float] = {}
         guard = guard_of(engine)
@@ -205,6 +211,20 @@ def a_module_without_gradient():
 def test_a_parameter_that_lost_its_gradient_is_caught():
     errors = errors_on_ranks(2, a_module_without_gradient)
     assert all("first is 'model.layers.0.mlp.up_proj.weight'" in error for error in errors), errors
+
+
+def a_dropped_adapter(stage):
+    engine = engine_of("Llama", stage, adapter="every linear")
+    adapted = engine.module.base_model.model.model.layers[0].self_attn.q_proj
+    adapted.forward = adapted.base_layer.forward  # what replacing the adapted layer by a sharded one comes to
+    steps(engine, 2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_dropped_adapter_is_caught(stage):
+    errors = errors_on_ranks(2, a_dropped_adapter, stage)
+    assert all("2 trainable parameters got no gradient" in error for error in errors), errors
+    assert "layers.0.self_attn.q_proj.lora_A" in errors[0]
 
 
 def on_request():

@@ -51,6 +51,7 @@ class StepGuard:
 
     Attributes:
         due: the next forward is examined, by mode (True: training).
+        replicas_due: replicas are compared at the next training forward, whenever that is; set by whoever loads.
     """
 
     def __init__(self, model: nn.Module, record: Sharding) -> None:
