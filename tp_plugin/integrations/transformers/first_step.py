@@ -38,7 +38,8 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
             batch = dict(self._prepare_inputs(dict(inputs)))
             if guard.config.broadcast_batch:
                 batch = broadcast_tree(batch, guard.mesh)
-            guard.inputs.compare(guard.model, (), batch)
+            if guard.config.check_batch_every:
+                guard.inputs.compare(guard.model, (), batch)
             with _unchanged(self), self.compute_loss_context_manager():
                 guard.examine(self.compute_loss, batch, unwrapped(model))
         return original(self, model, inputs, *args, **kwargs)
@@ -49,7 +50,8 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _unchanged(trainer: Trainer) -> Iterator[None]:
     """Counters and metrics that a trainer keeps about its losses, as they were."""
-    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_record(value)}
+    kept = {name: value for name, value in vars(trainer).items() if name.startswith("_") and _is_record(value)}
+    before = copy.deepcopy(kept)
     try:
         yield
     finally:
