@@ -1,4 +1,4 @@
-"""TRL's autograd Function for its fused head, whole and in our place for it: every output, gradients, all transforms."""
+"""The Function of TRL's fused head, its own and ours in its place: every output, gradients, all transforms."""
 
 from __future__ import annotations
 
