@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import Sharding
+from tp_plugin.verify.first_step import guard_of
 from tp_plugin.verify.guard import shard_proven
 
 
@@ -74,6 +76,18 @@ def shard_model(model: nn.Module, config: TensorParallelConfig | None = None) ->
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)
     mesh = ParallelMesh.create(config.tp_size)
     return shard_proven(model, config, mesh)
+
+
+def check_next_step(model_or_engine: nn.Module | Any) -> None:
+    """Check the next training step of a sharded model as the first one was: loss, gradients, replicas, batch.
+
+    Raises:
+        TensorParallelError: the model is not sharded. What the check itself finds is raised in that step.
+    """
+    guard = guard_of(model_or_engine)
+    if guard is None:
+        raise TensorParallelError("check_next_step needs a sharded model: shard it, or make its engine, first.")
+    guard.request()
 
 
 def from_pretrained(

@@ -142,7 +142,7 @@ def test_a_rank_holds_a_few_buckets_beside_its_shard():
     writer, peer, *others = [rank[1] for rank in found]
     assert 1 < writer <= 2.5, "gathered shards and the full rows made of them"
     assert 0 < peer <= 1, "what is sent"
-    assert others == [0, 0]
+    assert all(other < 0.1 for other in others), "they have nothing to do"
     # a rank's part of the embedding, whole over data parallelism, is four buckets
     assert all(rank[3] < 3 + 4 for rank in found), found
 

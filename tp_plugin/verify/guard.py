@@ -13,6 +13,7 @@ from tp_plugin.plans import plan_for
 from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
 from tp_plugin.sharding.shard import obstacle
 from tp_plugin.verify.check import examined
+from tp_plugin.verify.first_step import StepGuard, guard_of
 
 
 def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
@@ -26,7 +27,14 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
         TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
             be made.
     """
-    return shard_in_place(model, proven(model, config, mesh), mesh)
+    return watched(model, shard_in_place(model, proven(model, config, mesh), mesh))
+
+
+def watched(model: nn.Module, record: Sharding) -> Sharding:
+    """The record of a sharded model, whose first step will be checked; see :mod:`tp_plugin.verify.first_step`."""
+    if guard_of(model) is None and record.mesh.tp_size > 1:
+        StepGuard(adapters.bare_of(model), record)
+    return record
 
 
 def proven(

@@ -40,6 +40,7 @@ def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None =
     read = functools.partial(whole, mesh=mesh, dtype=dtype)
     for module in model.modules():
         twin = twins[id(module)]
+        twin.__dict__["_compiled_call_impl"] = None
         for name, value in list(vars(twin).items()):
             twin.__dict__[name] = OrderedDict() if "_hooks" in name else _moved(value, twins)
         own = vars(module)["_parameters"]

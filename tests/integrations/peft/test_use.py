@@ -235,7 +235,23 @@ def drops_out() -> None:
             assert torch.equal(*others), f"replicas of {name} got other gradients"
 
 
-def collectives() -> dict[str, int]:
+def seeded_by_rank() -> None:
+    """Adapters that each rank would begin otherwise begin alike, as those of the TP group's first rank."""
+
+    def begun(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, lora(target_modules="all-linear", init_lora_weights="gaussian"))
+
+    rank = dist.get_rank()
+    truth, early, late = begun(make("Llama"), 0), begun(make("Llama"), rank), begun(shard(make("Llama")), rank)
+    for model in (late, shard(early)):
+        for (name, param), (_, wanted) in zip(model.named_parameters(), truth.named_parameters(), strict=True):
+            if "lora_A" in name:
+                layout = getattr(param, "tp_layout", None)
+                assert torch.equal(param, wanted if layout is None else layout.shard(wanted, rank)), name
+
+
+def collectives() -> None:
     """What the adapters add to a step."""
     found = []
     for adapter in (None, "every linear"):
@@ -352,7 +368,7 @@ SAYS = {
 }
 RIGHT = (
     *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "merges", "full_state"),
-    *("by_transformers", "switches", "drops_out", "collectives"),
+    *("by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
 )
 
 

@@ -165,6 +165,8 @@ def _twin(module: nn.Module, mesh: ParallelMesh, _memo: dict) -> nn.Module:
     shared = [value for value in vars(module).values() if isinstance(value, ParallelMesh | VocabShard)]
     twin = copy.deepcopy(module, {id(value): value for value in shared})
     for (_, old), (_, new) in zip(module.named_parameters(), twin.named_parameters(), strict=True):
+        # what is known of a parameter, which copying drops, and so it does its hooks
+        vars(new).update({name: value for name, value in vars(old).items() if name != "tp_summed"})
         if hasattr(old, "tp_layout"):
             note(new, old.tp_layout, mesh)
         elif hasattr(old, "tp_partial_over"):
