@@ -1,10 +1,10 @@
-"""HF Trainer, under our slot: token counts of distinct batches, and no second record of the degree in DeepSpeed."""
+"""transformers, under our slot: what Trainer counts and reads is counted and read once a TP group; ``generate``."""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import record, tokens
+from tp_plugin.integrations.transformers import generate, parameters, rates, reading, record, tokens
 
 _PATCHES = Patches()
-_PARTS = (record, tokens)
+_PARTS = (generate, parameters, rates, reading, record, tokens)
 
 
 def install() -> None:
