@@ -1,4 +1,4 @@
-"""``generate()`` of a sharded model: one process's tokens on every rank, whatever the way, the cache and the padding."""
+"""``generate()`` of a sharded model: one process's tokens on every rank, whatever way, cache and padding."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sharded(model: torch.nn.Module) -> Any:
     return model
 
 
-# ---- ways to generate, on several kinds of caches ----------------------------------------------------------------------
+# ---- ways to generate, on several kinds of caches -----------------------------------------------------------------
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: make("Llama"),
@@ -139,7 +139,7 @@ def piped() -> tuple[list[str], list[str]]:
     return tuple(found)
 
 
-# ---- what the ranks must do together -----------------------------------------------------------------------------------
+# ---- what the ranks must do together -----------------------------------------------------------------------------
 
 
 def seeded_apart() -> list:
@@ -246,7 +246,7 @@ def test_refused_on_every_rank(name, words):
     assert words in sentence(results(), name)
 
 
-# ---- data-parallel ranks that end at different times ---------------------------------------------------------------------
+# ---- data-parallel ranks that end at different times -------------------------------------------------------------
 
 
 def of_an_engine(stage: int) -> bool:

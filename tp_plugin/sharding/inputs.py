@@ -74,6 +74,7 @@ class InputGuard:
                 "(seed by dp rank = rank // tp_size)."
             )
 
+
 def prints_of(tree: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Two numbers (int64, 0-dim, on ``device``) for a tree of tensors and plain values: of its values, of its form."""
     leaves, structure = tree_flatten(tree)

@@ -92,9 +92,9 @@ def _compare(args: tuple, kwargs: dict[str, Any], mesh: ParallelMesh) -> None:
 def _saying_what_it_waits_for(mesh: ParallelMesh) -> Iterator[None]:
     def say() -> None:
         print(
-            f"tp_plugin: WARNING: generate() on rank {dist.get_rank()} waits for the other ranks of its tensor-parallel "
-            f"group ({dist.get_process_group_ranks(mesh.tp_group)}); every one of them has to call it, so call it "
-            "outside of `if rank == 0`.",
+            f"tp_plugin: WARNING: generate() on rank {dist.get_rank()} waits for the other ranks of its "
+            f"tensor-parallel group ({dist.get_process_group_ranks(mesh.tp_group)}); every one of them has to call it, "
+            "so call it outside of `if rank == 0`.",
             flush=True,
         )
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer, trainer
+from transformers import Trainer, trainer
+from transformers.modeling_utils import ModuleUtilsMixin
 
 from tp_plugin.integrations.accelerate.degree import tp_size
 from tp_plugin.integrations.contract import Patches, contract
@@ -22,20 +23,20 @@ from tp_plugin.weights.gather import unwrapped
 
 def check_contracts() -> None:
     why = "it would count this rank's shards"
-    contract(PreTrainedModel, "num_parameters", ["only_trainable", "exclude_embeddings"], why)
+    contract(ModuleUtilsMixin, "num_parameters", ["only_trainable", "exclude_embeddings"], why)
     contract(trainer, "get_model_param_count", ["model", "trainable_only"], why)
     contract(Trainer, "get_num_trainable_parameters", [], why)
     contract(Trainer, "floating_point_ops", ["inputs"], "the ranks of a TP group would each count the batch they share")
 
 
 def install(patches: Patches) -> None:
-    patches.replace(PreTrainedModel, "num_parameters", _num_parameters_method)
+    patches.replace(ModuleUtilsMixin, "num_parameters", _num_parameters_method)
     patches.replace(trainer, "get_model_param_count", _get_model_param_count_function)
     patches.replace(Trainer, "get_num_trainable_parameters", _get_num_trainable_parameters_method)
     patches.replace(Trainer, "floating_point_ops", _floating_point_ops_method)
 
 
-def whole_count(model: nn.Module, *, trainable: bool = False, embeddings: bool = True) -> int | None:
+def whole_count(model: Any, *, trainable: bool = False, embeddings: bool = True) -> int | None:
     """Parameters of the unsharded model inside ``model``, each tied one once; None if nothing is sharded in it."""
     record = state_of(model)
     if record is None:
@@ -53,7 +54,7 @@ def whole_count(model: nn.Module, *, trainable: bool = False, embeddings: bool =
 
 def _num_parameters_method(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
-    def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def num_parameters(self: ModuleUtilsMixin, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         whole = whole_count(self, trainable=only_trainable, embeddings=not exclude_embeddings)
         return original(self, only_trainable, exclude_embeddings) if whole is None else whole
 
