@@ -41,6 +41,18 @@ def test_under_zero3_a_model_is_loaded_by_slices(run):
     assert [rank["head_rows"] for rank in run[1]] == ([66, 65] * DP if zero3 else [tiny.VOCAB] * TP * DP)
 
 
+def test_functions_imported_by_name_count_it_once_too(run):
+    for rank in run[1]:
+        assert rank["function_gather"] == [0, 2]
+        assert rank["function_objects"] == ["rank 0", "rank 2"]
+        assert (rank["function_sum"], rank["function_mean"], rank["function_max"]) == ([2], [1], [3])
+
+
+def test_a_list_is_dealt_to_groups(run):
+    assert [rank["share"] for rank in run[1]] == [["a", "b"], ["a", "b"], ["c"], ["c"]]
+    assert [rank["padded_share"] for rank in run[1]] == [["a", "b"], ["a", "b"], ["c", "c"], ["c", "c"]]
+
+
 def test_any_rank_can_trigger_all(run):
     assert [rank["triggered"] for rank in run[1]] == [True] * 4
 

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import Sharding
+from tp_plugin.verify.first_step import guard_of
 from tp_plugin.verify.guard import shard_proven
 
 
@@ -29,19 +31,23 @@ def register(config: TensorParallelConfig | None = None) -> None:
     Raises:
         TensorParallelError: an unsupported version of a library, or a private name we rely on has moved.
     """
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
     from tp_plugin.integrations.contract import check_versions
 
     check_versions()
     deepspeed.install(config)
     accelerate.install()
     transformers.install()
+    peft.install()
+    trl.install()
 
 
 def unregister() -> None:
     """Give everything back to DeepSpeed, Accelerate and transformers. Models that are sharded stay so."""
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
 
+    trl.uninstall()
+    peft.uninstall()
     transformers.uninstall()
     accelerate.uninstall()
     deepspeed.uninstall()
@@ -70,6 +76,18 @@ def shard_model(model: nn.Module, config: TensorParallelConfig | None = None) ->
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)
     mesh = ParallelMesh.create(config.tp_size)
     return shard_proven(model, config, mesh)
+
+
+def check_next_step(model_or_engine: nn.Module | Any) -> None:
+    """Check the next training step of a sharded model as the first one was: loss, gradients, replicas, batch.
+
+    Raises:
+        TensorParallelError: the model is not sharded. What the check itself finds is raised in that step.
+    """
+    guard = guard_of(model_or_engine)
+    if guard is None:
+        raise TensorParallelError("check_next_step needs a sharded model: shard it, or make its engine, first.")
+    guard.request()
 
 
 def from_pretrained(
@@ -119,3 +137,30 @@ def from_pretrained(
         return chosen.from_pretrained(name, dtype=dtype or "auto", **found, **options)
 
     return load_sharded(call, name, config)
+
+
+def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
+    """Write safetensors and config that plain ``from_pretrained`` loads in one process. A collective call.
+
+    Of a ``PeftModel``, the adapters alone, in PEFT's own format.
+
+    Tensors are gathered in buckets and written as they come: beyond its shard of the model a rank holds less than
+    512 MiB (and under ZeRO-3 one bucket's parameters whole over data parallelism; a single tensor that transformers
+    computes from others on saving is held whole). The files are dealt over all ranks that see the directory. It appears
+    at once when it is complete, and a failed save leaves an earlier one as it was. Training may go on afterwards with
+    the very same parameters.
+
+    Args:
+        model_or_engine: a sharded transformers model, or the DeepSpeed engine around it.
+        directory: created if missing. On a file system of its own, rank 0's host writes alone.
+        options: as of transformers' ``save_pretrained``: ``max_shard_size`` (5GB), ``variant``, ``push_to_hub`` with
+            ``repo_id``, ``token``, ``commit_message``, ``create_pr``, ``private``; ``save_original_format``.
+
+    Raises:
+        TensorParallelError: on every rank, when the model has no ``save_pretrained`` or writing failed.
+    """
+    from tp_plugin.integrations import peft
+    from tp_plugin.integrations.transformers import export
+
+    save = peft.save_adapters if peft.is_adapted(model_or_engine) else export.save
+    save(model_or_engine, directory, **options)

@@ -42,9 +42,9 @@ def train(name, *, tied=False, deepspeed=None, device_specific=False, resume=Non
     model = None if start else tiny.model(tied=tied)
     arguments = TrainingArguments(
         output_dir=folder, deepspeed=deepspeed, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler_type="constant", max_grad_norm=0.5, weight_decay=0.0,
+        learning_rate=1e-2, adam_epsilon=1e-4, max_grad_norm=0.5, weight_decay=0.0,
         logging_steps=1, report_to="none", disable_tqdm=True, include_num_input_tokens_seen="all",
-        **({"save_strategy": "no"} | args),
+        **({"save_strategy": "no", "lr_scheduler_type": "constant"} | args),
     )  # fmt: skip
     if start:  # the order HF documents for ZeRO-3
         model = AutoModelForCausalLM.from_pretrained(f"{options.out}/{start}")

@@ -141,12 +141,21 @@ def owners():
     import accelerate.accelerator
     import accelerate.data_loader
     import accelerate.scheduler
+    import accelerate.utils
     import accelerate.utils.random
     import deepspeed
     from accelerate.state import PartialState
+    from accelerate.utils import operations
     from transformers import Trainer
 
-    modules = [accelerate.accelerator, accelerate.scheduler, accelerate.utils.random, deepspeed]
+    modules = [
+        accelerate.accelerator,
+        accelerate.utils,
+        operations,
+        accelerate.scheduler,
+        accelerate.utils.random,
+        deepspeed,
+    ]
     return [*modules, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, Trainer]
 
 

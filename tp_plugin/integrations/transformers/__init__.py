@@ -1,10 +1,10 @@
-"""transformers under our slot: models loaded by slices, tokens counted once, no second record of the degree."""
+"""transformers under our slot: models loaded by slices, the guarded first step, streamed saves, tokens counted once."""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import loading, record, tokens
+from tp_plugin.integrations.transformers import export, first_step, loading, record, tokens
 
 _PATCHES = Patches()
-_PARTS = (loading, record, tokens)
+_PARTS = (loading, first_step, export, record, tokens)
 
 
 def install() -> None:

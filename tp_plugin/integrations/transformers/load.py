@@ -30,7 +30,7 @@ from tp_plugin.plans import Plan
 from tp_plugin.sharding.equal import make_equal, require_alike
 from tp_plugin.sharding.shard import install as install_sharded
 from tp_plugin.sharding.shard import layouts_by_name, planned
-from tp_plugin.verify.guard import proven
+from tp_plugin.verify.guard import proven, watched
 from tp_plugin.weights.load import read_shards, share_new, unread_names
 from tp_plugin.weights.reader import Reader
 from tp_plugin.weights.unread import Stored, Unread
@@ -196,7 +196,8 @@ class Load:
         with self.together(), torch.no_grad():
             share_new(model, self.new, self.layouts, self.mesh)
             equalised = make_equal(model, self.mesh, leaving=self.layouts)
-            install_sharded(model, self.plan, self.config, self.mesh, self.layouts, self.shapes, equalised)
+            record = install_sharded(model, self.plan, self.config, self.mesh, self.shapes, equalised)
+            watched(model, record)
 
     def close(self) -> None:
         if self.reader is not None:
