@@ -25,13 +25,18 @@ def load_model(recipe: ModelRecipe, config: TensorParallelConfig | None = None) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-    options: dict[str, Any] = {"dtype": recipe.dtype, "attn_implementation": recipe.attn_implementation, "output_loading_info": True}
+    source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": recipe.dtype,
+        "attn_implementation": recipe.attn_implementation,
+        "output_loading_info": True,
+    }
     known = AutoConfig.from_pretrained(recipe.path, **source)
     loaded: Any
     if config is not None and config.tp_size > 1 and known.get_text_config() is known:
-        options |= {"model_class": AutoModelForCausalLM, "config": config}
-        loaded = tp_plugin.from_pretrained(recipe.path, **source, **options)
+        loaded = tp_plugin.from_pretrained(
+            recipe.path, model_class=AutoModelForCausalLM, config=config, **source, **options
+        )
     else:
         loaded = AutoModelForCausalLM.from_pretrained(recipe.path, **source, **options)
     model, info = loaded
