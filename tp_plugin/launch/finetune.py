@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from tp_plugin.launch.data import Blocks, blocks, documents
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
+from tp_plugin.sharding import state_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,19 +56,19 @@ def finetune(recipe: Recipe) -> None:
             that was trained.
     """
     launched_by_accelerate, ds_config = _deepspeed_config(recipe)
-    tp_size = tp_plugin.TensorParallelConfig.from_deepspeed(ds_config).tp_size
+    config = tp_plugin.TensorParallelConfig.from_deepspeed(ds_config)
     tp_plugin.register()
     state = _join()
-    check_world(tp_size)
+    check_world(config.tp_size)
 
     from transformers import Trainer, default_data_collator
 
     tokenizer, train_set, held_out = _prepare(recipe, state)
     # Before TrainingArguments: with ZeRO-3 their mere existence makes from_pretrained partition over the whole world.
-    model = load_model(recipe.model)
+    model = load_model(recipe.model, config)
     model.config.use_cache = False
     _say(
-        f"{recipe.model.path}: {model.num_parameters() / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
+        f"{recipe.model.path}: {_size(model) / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
         f"{len(train_set)} blocks of {recipe.data.sequence_length} tokens to train on, {len(held_out)} held out"
     )
     trainer = Trainer(
@@ -91,6 +93,12 @@ def finetune(recipe: Recipe) -> None:
     agree(_visit(recipe, expected) if state.is_main_process else None)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _size(model: Any) -> int:
+    """Parameters of the whole model, of which a rank may hold shards."""
+    record = state_of(model)
+    return model.num_parameters() if record is None else sum(map(math.prod, record.shapes.values()))
 
 
 def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
