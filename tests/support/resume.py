@@ -14,7 +14,7 @@ from tests.support.zoo import ZOO, data_for
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.manifest import WEIGHT, Manifest
 
-ROWS, MICRO = 8, 2
+ROWS, MICRO = 8, 4
 BEFORE, AFTER = (0, 1), (2, 3, 4, 5, 6)
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}

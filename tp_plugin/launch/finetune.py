@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"a checkpoint-N directory, or {LATEST_GOOD}: the newest whole one of the output directory, if any",
     )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # key=value may follow an option
     try:
         finetune(load_recipe(arguments.recipe, arguments.overrides), arguments.resume)
     except TensorParallelError as failure:
