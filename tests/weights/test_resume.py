@@ -31,6 +31,8 @@ SAME = {
     "fp16 ZeRO-1": (1, {"extra": FP16}),
     "fp16 ZeRO-3": (3, {"extra": FP16}),
     **{f"offload ZeRO-{stage}": (stage, {"extra": OFFLOAD}) for stage in (1, 2, 3)},
+    "parameters offloaded": (3, {"extra": {"zero": OFFLOAD["zero"] | {"offload_param": {"device": "cpu"}}}}),
+    "round robin": (2, {"extra": {"zero": {"round_robin_gradients": True}}}),
 }
 
 # what lies otherwise on tp 2 and tp 4: (stage at tp 2 x dp 2, stage at tp 4, options)
@@ -105,7 +107,8 @@ def goes_on_to_the_bit(world: int, tp: int, names: tuple[str, ...], name: str) -
     assert resume.worst_difference(end, f"{resumed['own']}/end") == (0.0, "")
 
 
-OFTEN = tuple(name for name in SAME if name not in ("bf16 ZeRO-1", "fp16 ZeRO-3", "offload ZeRO-2"))
+SELDOM = ("bf16 ZeRO-1", "fp16 ZeRO-3", "offload ZeRO-2", "round robin")
+OFTEN = tuple(name for name in SAME if name not in SELDOM)
 SOME = ("fp32 ZeRO-0", "fp32 ZeRO-2", "bf16 ZeRO-3", "BF16_Optimizer", "offload ZeRO-1")
 
 

@@ -200,7 +200,8 @@ def _look(folder: Path, tag: str | None, needed: bool) -> list[Any]:
     if any(path.glob("*.pt")):
         problem = (
             f"{str(path)!r} is a checkpoint of DeepSpeed's own, pickles for one shape: turn it into weights where it "
-            "was saved (zero_to_fp32.py lies beside it) and load those with from_pretrained."
+            "was saved (zero_to_fp32.py lies beside it), and give an unsharded engine's config a 'tp_plugin' block and "
+            "autotp_size 1 for checkpoints that any shape resumes."
         )
         return [None, problem]
     missing = "is not a whole checkpoint" if path.is_dir() else "does not exist"
