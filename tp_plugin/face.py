@@ -31,19 +31,23 @@ def register(config: TensorParallelConfig | None = None) -> None:
     Raises:
         TensorParallelError: an unsupported version of a library, or a private name we rely on has moved.
     """
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
     from tp_plugin.integrations.contract import check_versions
 
     check_versions()
     deepspeed.install(config)
     accelerate.install()
     transformers.install()
+    peft.install()
+    trl.install()
 
 
 def unregister() -> None:
     """Give everything back to DeepSpeed, Accelerate and transformers. Models that are sharded stay so."""
-    from tp_plugin.integrations import accelerate, deepspeed, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
 
+    trl.uninstall()
+    peft.uninstall()
     transformers.uninstall()
     accelerate.uninstall()
     deepspeed.uninstall()
@@ -119,7 +123,7 @@ def from_pretrained(
             cannot be sharded, an option that cannot be served.
     """
     register()
-    from tp_plugin.integrations.transformers.loading import load_sharded, saved_class
+    from tp_plugin.integrations.transformers.load import load_sharded, saved_class
 
     if config is None:
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)
@@ -138,6 +142,8 @@ def from_pretrained(
 def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
     """Write safetensors and config that plain ``from_pretrained`` loads in one process. A collective call.
 
+    Of a ``PeftModel``, the adapters alone, in PEFT's own format.
+
     Tensors are gathered in buckets and written as they come: beyond its shard of the model a rank holds less than
     512 MiB (and under ZeRO-3 one bucket's parameters whole over data parallelism; a single tensor that transformers
     computes from others on saving is held whole). The files are dealt over all ranks that see the directory. It appears
@@ -153,6 +159,8 @@ def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **o
     Raises:
         TensorParallelError: on every rank, when the model has no ``save_pretrained`` or writing failed.
     """
+    from tp_plugin.integrations import peft
     from tp_plugin.integrations.transformers import export
 
-    export.save(model_or_engine, directory, **options)
+    save = peft.save_adapters if peft.is_adapted(model_or_engine) else export.save
+    save(model_or_engine, directory, **options)

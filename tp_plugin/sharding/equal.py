@@ -46,7 +46,6 @@ def comm_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu")
 
 
-@torch.no_grad()
 def make_equal(model: nn.Module, mesh: ParallelMesh, *, leaving: Collection[str] = ()) -> list[str]:
     """Give every rank of the TP group the parameters and buffers of its rank 0. Collective over the world.
 
@@ -62,7 +61,12 @@ def make_equal(model: nn.Module, mesh: ParallelMesh, *, leaving: Collection[str]
         TensorParallelError: the models differ in more than values (names, shapes, dtypes, what is trained).
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in leaving}
+    return equalise({name: tensor for name, tensor in tensors.items() if name not in leaving}, mesh)
+
+
+@torch.no_grad()
+def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[str]:
+    """The same for tensors by name."""
     if mesh.tp_group is None:
         return []
     require_alike(tensors)

@@ -10,7 +10,7 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import plan_for
-from tp_plugin.sharding import Sharding, shard_in_place, state_of
+from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
 from tp_plugin.sharding.shard import obstacle
 from tp_plugin.verify.check import examined
 from tp_plugin.verify.first_step import StepGuard, guard_of
@@ -33,7 +33,7 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
 def watched(model: nn.Module, record: Sharding) -> Sharding:
     """The record of a sharded model, whose first step will be checked; see :mod:`tp_plugin.verify.first_step`."""
     if guard_of(model) is None and record.mesh.tp_size > 1:
-        StepGuard(model, record)
+        StepGuard(adapters.bare_of(model), record)
     return record
 
 
@@ -44,14 +44,14 @@ def proven(
 
     ``unread``: the model's parameters are read later; the trial needs its config alone.
     """
-    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None:
-        return _tried(model, config, mesh) if _is_inferred(model, config, unread) else config
-    return config
+    if config.infer != "checked" or mesh.tp_size == 1 or state_of(model) is not None or obstacle(model, unread=unread):
+        return config  # an obstacle shard_in_place will name, on all ranks together
+    with adapters.taken_out(model) as (bare, _):
+        inferred = _is_inferred(bare, config)
+    return _tried(bare, config, mesh) if inferred else config
 
 
-def _is_inferred(model: nn.Module, config: TensorParallelConfig, unread: bool) -> bool:
-    if obstacle(model, unread=unread):
-        return False  # shard_in_place will say so, on all ranks together
+def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:
     try:
         return bool(plan_for(model, config.tp_size, config.plan).inferred())
     except TensorParallelError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,10 +32,16 @@ def full_state_dict(
     Returns:
         name -> tensor, shaped as in the unsharded model, in the order of ``state_dict()``.
     """
-    model = unwrapped(model_or_engine)
-    tensors = persistent(model)
+    tensors = persistent(unwrapped(model_or_engine))
     if trainable_only:
         tensors = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    return gathered(model_or_engine, tensors, dtype=dtype)
+
+
+def gathered(
+    model_or_engine: nn.Module | Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """:func:`full_state_dict` of some tensors of the model, name -> this rank's."""
     whole: dict[int, torch.Tensor] = {}
 
     def keep(output: Output, rows: torch.Tensor, start: int) -> None:
@@ -44,7 +51,8 @@ def full_state_dict(
         whole[id(tensors[output.name])].view(-1)[start : start + rows.numel()].copy_(rows)
 
     with between_steps(model_or_engine):
-        stream(tensors, identities(tensors), mesh_of(model), replica=0, writer=0, sink=keep)
+        mesh = mesh_of(unwrapped(model_or_engine))
+        stream(tensors, identities(tensors), mesh, replica=0, writer=0, sink=keep)
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
     return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}  # one without elements is whole

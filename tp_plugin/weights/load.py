@@ -11,8 +11,8 @@ from torch import nn
 from tp_plugin.collectives import broadcast_
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import comm_device
-from tp_plugin.sharding.shard import cut
 from tp_plugin.weights.unread import Unread
 
 

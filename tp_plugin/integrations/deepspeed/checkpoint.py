@@ -20,6 +20,7 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.deepspeed import held, restore, store
 from tp_plugin.sharding import state_of
+from tp_plugin.verify.first_step import guard_of
 from tp_plugin.weights.atomic import write_file, written_whole
 from tp_plugin.weights.manifest import FILE
 from tp_plugin.weights.stream import between_steps
@@ -157,6 +158,9 @@ def load(
         client = restore.read(
             engine, directory, strict=strict, optimizer=optimizer, scheduler=scheduler, counters=counters
         )
+    guard = guard_of(engine.module)
+    if guard is not None:
+        guard.replicas_due = True
     return str(directory), client
 
 

@@ -303,14 +303,14 @@ def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, output_dir, _internal_call)
             return
         save(self.model_wrapped, output_dir or self.args.output_dir or ".")
-        with _collects_nothing(self.accelerator):
+        with collects_nothing(self.accelerator):
             original(self, output_dir, _internal_call)
 
     return save_model
 
 
 @contextlib.contextmanager
-def _collects_nothing(accelerator: Any) -> Iterator[None]:
+def collects_nothing(accelerator: Any) -> Iterator[None]:
     accelerator.get_state_dict = lambda *_args, **_kwargs: Written()
     try:
         yield
