@@ -48,6 +48,7 @@ FAMILIES = {
     "offloaded": (1, 3, {"extra": OFFLOAD}),
     "bf16": (1, 3, {"extra": BF16}),
     "BF16_Optimizer": (1, 2, {"extra": BF16_OPTIMIZER}),
+    "LoRA": (1, 3, {"family": "Llama", "heads": (8, 2), "tied": False, "lora": True}),
     "round robin": (2, 1, {"extra": {"zero": {"round_robin_gradients": True}}}),
     "one sub-group after another": (3, 3, {"extra": {"zero": {"sub_group_size": 1000}}}),
 }
@@ -197,6 +198,7 @@ FEW = (
     "shared heads",
     "offloaded",
     "BF16_Optimizer",
+    "LoRA",
     "round robin",
 )
 
