@@ -33,6 +33,7 @@ from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
 from tp_plugin.sharding import state_of
+from tp_plugin.weights.whole import LATEST_GOOD, newest_whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,16 +41,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tp_plugin.finetune", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=5")
+    parser.add_argument(
+        "--resume",
+        metavar="WHERE",
+        help=f"a checkpoint-N directory, or {LATEST_GOOD}: the newest whole one of the output directory, if any",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # key=value may follow an option
     try:
-        finetune(load_recipe(arguments.recipe, arguments.overrides))
+        finetune(load_recipe(arguments.recipe, arguments.overrides), arguments.resume)
     except TensorParallelError as failure:
         sys.exit(f"tp_plugin.finetune: {failure}")
 
 
-def finetune(recipe: Recipe) -> None:
+def finetune(recipe: Recipe, resume: str | None = None) -> None:
     """Train, save, check and sample; called on every rank of a launched job.
+
+    Args:
+        resume: a ``checkpoint-N`` directory to go on from, or "latest-good".
 
     Raises:
         TensorParallelError: on every rank, for a setup that cannot work, or when the exported model is not the one
@@ -80,7 +89,7 @@ def finetune(recipe: Recipe) -> None:
         processing_class=tokenizer,
     )
     start = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=_resumed(recipe, resume))
     seconds = time.monotonic() - start
     _report(trainer, seconds, evaluate=len(held_out) > 0)
 
@@ -171,6 +180,17 @@ def _prepare(recipe: Recipe, state: Any) -> tuple[Any, Blocks, Blocks]:
     agree(_sentence(cut_text) if state.is_local_main_process else None)  # one process a host writes the cache,
     agree(None if state.is_local_main_process else _sentence(cut_text))  # then its neighbours map it
     return tokenizer, *cut[0]
+
+
+def _resumed(recipe: Recipe, resume: str | None) -> str | None:
+    """The directory to resume from; None to begin. A collective call."""
+    if resume != LATEST_GOOD:
+        return resume
+    newest = newest_whole(Path(recipe.output_dir))
+    if newest is None:
+        _say(f"no whole checkpoint in {recipe.output_dir}: training begins anew")
+        return None
+    return str(newest.parent)
 
 
 def _build(recipe: Recipe, tokenizer_path: str) -> None:
