@@ -423,7 +423,7 @@ REFUSED = {
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
     "use_kernels": r"use_kernels=True.*load it without",
-    "zero_init": r"built under DeepSpeed's zero\.Init.*set zero3_init_flag: false",
+    "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
     "resize_after": r"resize before sharding",
     "deepcopy_after": r"cannot be copied.*copy before sharding",
     "save_16bit_model": r"use tp_plugin\.save_pretrained",

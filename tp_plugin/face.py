@@ -31,7 +31,7 @@ def register(config: TensorParallelConfig | None = None) -> None:
     Raises:
         TensorParallelError: an unsupported version of a library, or a private name we rely on has moved.
     """
-    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
     from tp_plugin.integrations.contract import check_versions
 
     check_versions()
@@ -39,12 +39,14 @@ def register(config: TensorParallelConfig | None = None) -> None:
     accelerate.install()
     transformers.install()
     peft.install()
+    trl.install()
 
 
 def unregister() -> None:
     """Give everything back to DeepSpeed, Accelerate and transformers. Models that are sharded stay so."""
-    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers
+    from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
 
+    trl.uninstall()
     peft.uninstall()
     transformers.uninstall()
     accelerate.uninstall()
@@ -121,7 +123,7 @@ def from_pretrained(
             cannot be sharded, an option that cannot be served.
     """
     register()
-    from tp_plugin.integrations.transformers.loading import load_sharded, saved_class
+    from tp_plugin.integrations.transformers.load import load_sharded, saved_class
 
     if config is None:
         config = TensorParallelConfig(tp_size=dist.get_world_size() if dist.is_initialized() else 1)

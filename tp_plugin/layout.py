@@ -195,6 +195,31 @@ class ShardLayout:
                 full.narrow(self.dim, start, stop - start).copy_(shard.narrow(self.dim, local, stop - start))
         return full
 
+    def taken_from(self, rank: int, source: ShardLayout) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        """How the shard of ``rank`` is put together from the shards of another layout of the same tensor.
+
+        Returns:
+            (rank of ``source``, index expression of its shard, index expression of this shard), each element of the
+            shard once, and each taken from the rank of ``source`` that owns it.
+        """
+        if source.shape != self.shape:
+            raise ValueError(f"a tensor of shape {source.shape} is not one of shape {self.shape}")
+        found = []
+        for held, other in itertools.product(self._blocks(rank), range(source.ranks)):
+            for owned in source._blocks(other, owned=True):
+                both = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(held, owned, strict=True)]
+                if all(start < stop for start, stop in both):
+                    found.append((other, _within(both, owned), _within(both, held)))
+        return found
+
+    def _blocks(self, rank: int, *, owned: bool = False) -> list[list[tuple[int, int, int]]]:
+        """The shard of ``rank`` (or what it owns of it) as blocks of (start, stop, start in the shard) by dimension."""
+        whole = [(0, size, 0) for size in self.shape]
+        if self.dim is None:
+            return [whole] if rank == 0 or not owned else []
+        pieces = self.owned(rank) if owned else self._pieces(rank, lambda start, stop: [(start, stop)])
+        return [[*whole[: self.dim], piece, *whole[self.dim + 1 :]] for piece in pieces]
+
     def owned(self, rank: int) -> list[tuple[int, int, int]]:
         """What ``rank`` holds and no lower rank does, as (start, stop, start in the shard).
 
@@ -260,6 +285,14 @@ def _merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
         else:
             out.append((start, stop))
     return tuple(out)
+
+
+def _within(intervals: Sequence[Interval], block: Sequence[tuple[int, int, int]]) -> tuple[slice, ...]:
+    """Index expression, in the shard that ``block`` lies in, of intervals of the full tensor inside the block."""
+    return tuple(
+        slice(start - first + local, stop - first + local)
+        for (start, stop), (first, _, local) in zip(intervals, block, strict=True)
+    )
 
 
 def _subtract(interval: Interval, taken: Sequence[Interval]) -> list[Interval]:

@@ -51,6 +51,7 @@ class StepGuard:
 
     Attributes:
         due: the next forward is examined, by mode (True: training).
+        replicas_due: replicas are compared at the next training forward, whenever that is; set by whoever loads.
     """
 
     def __init__(self, model: nn.Module, record: Sharding) -> None:
@@ -90,8 +91,11 @@ class StepGuard:
                 self.examine(lambda m, batch: m(*batch["args"], **batch["kwargs"]), {"args": args, "kwargs": kwargs})
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
-    def examine(self, run: Run, batch: Mapping[str, Any]) -> None:
+    def examine(self, run: Run, batch: Mapping[str, Any], root: nn.Module | None = None) -> None:
         """Run a slice of ``batch`` sharded and plain and compare; a collective call, over the world in training.
+
+        Args:
+            root: what ``run`` is given: the model, or a wrapper around it (a PeftModel); None is the model.
 
         Raises:
             TensorParallelError: on every rank: loss or outputs differ, by how much, and in which layer first.
@@ -99,38 +103,42 @@ class StepGuard:
         training = self.model.training
         self.due[training] = False
         error = None
-        with self._apart():
+        root = self.model if root is None else root
+        with self._apart(root):
             try:
-                error = self._examined(run, batch)
+                error = self._examined(run, batch, root)
             except TensorParallelError:
                 raise
             except Exception as failure:
-                if self.mesh.tp_rank == 0 and self.mesh.dp_rank == 0 and not self.config.quiet:
-                    print(
-                        f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
-                        f"({type(failure).__name__}: {failure}); its loss was not checked.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                self._say_unchecked(failure)
         # evaluation may be run by one replica alone
         agree(error, None if training else self.mesh.tp_group)
 
-    def _examined(self, run: Run, batch: Mapping[str, Any]) -> str | None:
+    def _say_unchecked(self, failure: Exception) -> None:
+        if self.mesh.tp_rank == 0 and self.mesh.dp_rank == 0 and not self.config.quiet:
+            print(
+                f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
+                f"({type(failure).__name__}: {failure}); its loss was not checked.",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _examined(self, run: Run, batch: Mapping[str, Any], root: nn.Module) -> str | None:
         try:
             small = _slice(batch)
-            ours = self._seen(self.model, run, small)
+            ours = self._seen(root, run, small, sharded=True)
         except TensorParallelError:
             raise
         except Exception:  # not every batch can be cut
             small = dict(batch)
-            ours = self._seen(self.model, run, small)
+            ours = self._seen(root, run, small, sharded=True)
         half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
-        plain = self._seen(plain_twin(self.model, self.mesh), run, small)
-        exact = self._seen(plain_twin(self.model, self.mesh, torch.float32), run, small) if half else plain
+        plain = self._seen(plain_twin(root, self.mesh), run, small)
+        exact = self._seen(plain_twin(root, self.mesh, torch.float32), run, small) if half else plain
         found = self._difference(ours, plain, exact, half)
         if found is None:
             return None
-        where = self._where(run, small)
+        where = self._where(run, small, root)
         return (
             f"the first step computed again without tensor parallelism differs: {found}"
             f"{f', first in {where}' if where else ''}; training would go wrong, so it is not begun; if the loss reads "
@@ -155,7 +163,7 @@ class StepGuard:
                 return f"{name} by {error:.2g} of its norm (allowed {limit:.1g})"
         return None
 
-    def _seen(self, model: nn.Module, run: Run, batch: Mapping[str, Any]) -> Seen:
+    def _seen(self, model: nn.Module, run: Run, batch: Mapping[str, Any], *, sharded: bool = False) -> Seen:
         """What one run gives; without gradients for the plain twin."""
         outputs: Seen = {}
         calls = 0
@@ -171,7 +179,7 @@ class StepGuard:
         try:
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-                torch.set_grad_enabled(model is self.model and torch.is_grad_enabled()),
+                torch.set_grad_enabled(sharded and torch.is_grad_enabled()),
             ):
                 value = run(model, _copied(batch))
         finally:
@@ -181,10 +189,10 @@ class StepGuard:
             return {"loss": loss.detach().float().reshape(())} | outputs
         return outputs
 
-    def _where(self, run: Run, batch: Mapping[str, Any]) -> str:
+    def _where(self, run: Run, batch: Mapping[str, Any], root: nn.Module) -> str:
         """The first layer (an entry of a list of modules, or a child of the model) whose output's norm differs."""
         norms: list[dict[str, float]] = []
-        for model in (self.model, plain_twin(self.model, self.mesh)):
+        for sharded, model in ((True, root), (False, plain_twin(root, self.mesh))):
             seen: dict[str, float] = {}
             handles = []
             for name, module in model.named_modules():
@@ -197,7 +205,7 @@ class StepGuard:
 
                     handles.append(module.register_forward_hook(note))
             try:
-                self._seen(model, run, batch)
+                self._seen(model, run, batch, sharded=sharded)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -209,16 +217,16 @@ class StepGuard:
         return ""
 
     @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
+    def _apart(self, root: nn.Module) -> Iterator[None]:
         """Forwards that leave no trace: evaluation mode, nothing counted, nothing compiled."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        compiled = [(m, m._compiled_call_impl) for m in self.model.modules() if m._compiled_call_impl is not None]
+        modes = [(module, module.training) for module in root.modules()]
+        compiled = [(m, m._compiled_call_impl) for m in root.modules() if m._compiled_call_impl is not None]
         watch, self.inputs.paused = self.gradients, True
         for module, _ in compiled:
             module._compiled_call_impl = None
         if watch is not None:
             watch.paused = True
-        self.model.eval()
+        root.eval()
         try:
             yield
         finally:

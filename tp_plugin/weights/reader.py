@@ -172,7 +172,7 @@ class Reader:
             piece.copy_(staged)
 
     def _pread(self, out: torch.Tensor, file: str, start: int) -> None:
-        left = memoryview(out.detach().view(-1).view(torch.uint8).numpy())
+        left = memoryview(out.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         if file not in self._files:
             self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         while left:

@@ -27,7 +27,7 @@ class Unread(torch.Tensor):
 
     @staticmethod
     def __new__(cls, source: Source) -> Unread:
-        made = torch.Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device="cpu")  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=torch.device("cpu"))
         made.source = source
         return made
 
@@ -45,7 +45,9 @@ class Unread(torch.Tensor):
         return f"Unread(shape={list(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         known = _VIEWS.get(func)
         if known is not None:
@@ -233,7 +235,7 @@ def _to(tensor: torch.Tensor, *, dtype: torch.dtype | None = None, device: Any =
     source = _source(tensor)
     if device is not None and torch.device(device).type != "cpu":
         return None
-    return source if dtype in (None, source.dtype) else Cast(source.shape, dtype, source)  # type: ignore[arg-type]
+    return source if dtype in (None, source.dtype) else Cast(source.shape, dtype, source)
 
 
 def _cut(source: Source, dim: int, start: int, stop: int) -> Source:

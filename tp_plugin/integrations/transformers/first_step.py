@@ -14,6 +14,7 @@ from transformers import Trainer
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.sharding.inputs import broadcast_tree
 from tp_plugin.verify.first_step import guard_of
+from tp_plugin.weights.gather import unwrapped
 
 
 def check_contracts() -> None:
@@ -37,9 +38,10 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
             batch = dict(self._prepare_inputs(dict(inputs)))
             if guard.config.broadcast_batch:
                 batch = broadcast_tree(batch, guard.mesh)
-            guard.inputs.compare(guard.model, (), batch)
+            if guard.config.check_batch_every:
+                guard.inputs.compare(guard.model, (), batch)
             with _unchanged(self), self.compute_loss_context_manager():
-                guard.examine(self.compute_loss, batch)
+                guard.examine(self.compute_loss, batch, unwrapped(model))
         return original(self, model, inputs, *args, **kwargs)
 
     return training_step
@@ -48,7 +50,8 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _unchanged(trainer: Trainer) -> Iterator[None]:
     """Counters and metrics that a trainer keeps about its losses, as they were."""
-    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_record(value)}
+    kept = {name: value for name, value in vars(trainer).items() if name.startswith("_") and _is_record(value)}
+    before = copy.deepcopy(kept)
     try:
         yield
     finally:

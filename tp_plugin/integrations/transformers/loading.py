@@ -1,10 +1,4 @@
-"""``from_pretrained`` that brings only this rank's shards into memory.
-
-transformers' own ``from_pretrained`` runs: it finds the files, builds the model on ``meta``, renames and converts the
-checkpoint's tensors, initialises what is missing, reads the generation config. It is given tensors that have not been
-read (:class:`tp_plugin.weights.unread.Unread`) in place of the file's; when every name and shape is settled, and all
-ranks agree, the plan is made, and each rank reads its slices. What is missing in the checkpoint is initialised whole,
-as transformers does it, and cut then; classes change last.
+"""The patches through which ``from_pretrained`` brings only this rank's shards into memory, see ``load.py``.
 
 Under a live ZeRO-3 config of DeepSpeed with a tensor-parallel degree every ``from_pretrained`` is loaded so, and
 ``from_config`` builds the whole model: transformers would partition either over the whole world, with ``zero.Init``.
@@ -14,43 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed as trainer_side
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.layout import ShardLayout
-from tp_plugin.mesh import ParallelMesh
-from tp_plugin.plans import Plan
-from tp_plugin.sharding.equal import make_equal, require_alike
-from tp_plugin.sharding.shard import install as install_sharded
-from tp_plugin.sharding.shard import layouts_by_name, planned
-from tp_plugin.verify.guard import proven, watched
-from tp_plugin.weights.load import read_shards, share_new, unread_names
-from tp_plugin.weights.reader import Reader
-from tp_plugin.weights.unread import Stored, Unread
+from tp_plugin.integrations.transformers.load import current, load_sharded, zero3_asleep
 
-_CURRENT: Load | None = None
 UNSERVED = {
-    "state_dict": "a state dict that is whole on every rank",
-    "gguf_file": "a GGUF file",
-    "quantization_config": "quantised weights",
-    "device_map": "a device map (DeepSpeed moves the shards)",
-    "distributed_config": "transformers' own parallelism",
-    "tp_plan": "transformers' own parallelism",
-    "tp_size": "transformers' own parallelism",
-    "use_kernels": "kernels of the hub, whose replaced forwards bypass sharded layers",
+    "state_dict": "it is whole on every rank already",
+    "gguf_file": "such a file is quantised",
+    "quantization_config": "quantised weights cannot be sharded",
+    "device_map": "DeepSpeed moves the shards to their device",
+    "distributed_config": "it asks for transformers' own parallelism",
+    "tp_plan": "it asks for transformers' own parallelism",
+    "tp_size": "it asks for transformers' own parallelism",
+    "use_kernels": "the forwards it replaces would bypass sharded layers",
 }
-"""Options of ``from_pretrained`` that cannot be served, and what they bring."""
+"""Options of ``from_pretrained`` that a model loaded by slices cannot have, and why."""
 
 
 def check_contracts() -> None:
@@ -82,236 +63,23 @@ def install(patches: Patches) -> None:
     patches.replace(modeling_utils, "log_state_dict_report", _log_state_dict_report_function)
 
 
-def load_sharded(call: Callable[[], Any], name: Any, config: TensorParallelConfig) -> Any:
-    """What ``call`` (some ``from_pretrained`` of transformers) returns, its model sharded; a collective call.
-
-    Args:
-        call: loads ``name`` once.
-        name: a directory or the id of a repository.
-        config: ``tp_size`` and options.
-
-    Raises:
-        TensorParallelError: on every rank together, before anything is read if the checkpoint does not fit.
-    """
-    global _CURRENT
-    mesh = ParallelMesh.create(config.tp_size)
-    load = _CURRENT = Load(name, config, mesh)
-    try:
-        with _zero3_asleep():
-            found = call()
-            load.finish(found[0] if isinstance(found, tuple) else found)
-        return found
-    except Exception as failure:
-        if load.agreed:
-            raise
-        try:
-            agree(_sentence(name, failure))  # the others wait for this rank's word before they go on
-        except TensorParallelError as together:
-            raise together from failure
-        raise
-    finally:
-        _CURRENT = None
-        load.close()
-
-
-def saved_class(name: str, options: Mapping[str, Any]) -> Any:
-    """The transformers class that a checkpoint says it was saved from; the auto class of causal LMs if it does not."""
-    import transformers
-
-    config = options.get("config")
-    if not isinstance(config, transformers.PreTrainedConfig):
-        if os.path.isdir(name) and not os.path.exists(os.path.join(name, options.get("subfolder", ""), "config.json")):
-            raise TensorParallelError(f"there is no config.json in the directory {name!r}; name that of a model.")
-        known = {"trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only"}
-        config = transformers.AutoConfig.from_pretrained(
-            config or name, **{key: value for key, value in options.items() if key in known}
-        )
-    saved = (getattr(config, "architectures", None) or [""])[0]
-    if getattr(config, "auto_map", None) and options.get("trust_remote_code"):
-        return transformers.AutoModelForCausalLM
-    return getattr(transformers, saved, None) or transformers.AutoModelForCausalLM
-
-
-class Load:
-    """One ``from_pretrained`` under way on all ranks.
-
-    Attributes:
-        agreed: all ranks raise what is being raised; an error is otherwise this rank's own until it has told the rest.
-    """
-
-    def __init__(self, name: Any, config: TensorParallelConfig, mesh: ParallelMesh) -> None:
-        self.name, self.config, self.mesh = name, config, mesh
-        self.agreed = False
-        self.reader: Reader | None = None
-        self.files: list[str] = []
-        self.plan: Plan | None = None
-        self.layouts: dict[str, ShardLayout] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.new: set[str] = set()  # parameters that the checkpoint lacks
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is raised in here is raised on every rank."""
-        self.agreed = True
-        yield
-        self.agreed = False
-
-    def meet(self, error: str | None = None) -> None:
-        """Go on only when all ranks have come this far."""
-        with self.together():
-            agree(error)
-
-    def open(self, files: Sequence[str], index: Mapping[str, str] | None) -> None:
-        """Read all headers; on every rank they must be the same."""
-        self.reader, self.files = Reader.open(files, index), list(files)
-        known = sorted((name, self.reader.shape(name), str(self.reader.dtype(name))) for name in self.reader.names())
-        self.meet()
-        if dist.is_initialized():
-            digests: list[object] = [None] * dist.get_world_size()
-            dist.all_gather_object(digests, hashlib.sha256(str(known).encode()).digest())
-            other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-            with self.together():
-                if other is not None:
-                    raise TensorParallelError(
-                        f"ranks 0 and {other} find different checkpoints under {str(self.name)!r} (other names, shapes "
-                        "or dtypes); give every host the same files."
-                    )
-
-    def fill(self, model: PreTrainedModel, files: Sequence[str], options: Any) -> Any:
-        """Settle every name and shape, plan, and read this rank's shards into ``model``, which is on ``meta``."""
-        if options.pretrained_model_name_or_path != self.name:
-            raise TensorParallelError(
-                f"{str(self.name)!r} is an adapter of {str(options.pretrained_model_name_or_path)!r}; load that, and "
-                "put the adapter on it with PEFT."
-            )
-        if list(files) != self.files:
-            self.close()  # a class that keeps some of its weights in a file of another name
-            self.open(files, None)
-        assert self.reader is not None
-        reader = self.reader
-        waiting = {
-            name: Unread(Stored(reader.shape(name), reader.dtype(name), reader, name)) for name in reader.names()
-        }
-        info, _ = core_model_loading.convert_and_load_state_dict_in_model(
-            model=model, state_dict=waiting, load_config=options
-        )
-        del waiting
-        self.meet(self._misfit(model, info, options))
-        self._settle_ties(model, info.missing_keys)
-        model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
-        with self.together():
-            if dist.is_initialized():
-                require_alike(dict(model.named_parameters()))
-            self.config = proven(model, self.config, self.mesh, unread=True)
-            self.plan = planned(model, self.config, self.mesh, unread=True)
-        self.layouts = layouts_by_name(model, self.plan)
-        self.shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        self.new = set(self.shapes) - set(unread_names(model))
-        read_shards(model, self.layouts, self.mesh)
-        self.meet()
-        return info
-
-    def finish(self, model: nn.Module) -> None:
-        """Cut what was missing and has been initialised, then change classes."""
-        if self.plan is None:
-            raise TensorParallelError(
-                f"{str(self.name)!r} was not loaded from safetensors or .bin files in transformers' format; save it "
-                "with save_pretrained, without distributed_checkpoint."
-            )
-        self.meet()
-        with self.together(), torch.no_grad():
-            share_new(model, self.new, self.layouts, self.mesh)
-            equalised = make_equal(model, self.mesh, leaving=self.layouts)
-            record = install_sharded(model, self.plan, self.config, self.mesh, self.shapes, equalised)
-            watched(model, record)
-
-    def close(self) -> None:
-        if self.reader is not None:
-            self.reader.close()
-
-    def _misfit(self, model: PreTrainedModel, info: Any, options: Any) -> str | None:
-        """Why the checkpoint is not this model's; None if it is, as far as names and shapes tell."""
-        kind, name = type(model).__name__, str(self.name)
-        if info.conversion_errors:
-            key, text = next(iter(info.conversion_errors.items()))
-            reason = next((line for line in text.splitlines()[::-1] if "Error" in line), text).strip().rstrip(".")
-            return f"the tensors of {name!r} for {key!r} cannot be converted as transformers prescribes ({reason})."
-        if info.mismatched_keys and not options.ignore_mismatched_sizes:
-            key, stored, wanted = sorted(info.mismatched_keys)[0]
-            more = f" (and {len(info.mismatched_keys) - 1} more)" if len(info.mismatched_keys) > 1 else ""
-            return (
-                f"{key!r} of {name!r} has shape {list(stored)} where {kind} with its config has {list(wanted)}{more}; "
-                "correct the config, or pass ignore_mismatched_sizes=True to start such weights anew."
-            )
-        if not unread_names(model):
-            found = sorted(info.unexpected_keys)
-            return (
-                f"{name!r} holds no weights of {kind} (its tensors are named like {found[0] if found else 'nothing'!r})"
-                "; name a checkpoint of that architecture, or the model_class it was saved from."
-            )
-        return None
-
-    def _settle_ties(self, model: PreTrainedModel, missing: set[str]) -> None:
-        """Tied parameters that the checkpoint has both of are one where they are equal, as transformers has it.
-
-        Each rank compares its share of the rows, so all come to the same conclusion.
-        """
-        for target, source in list(model.all_tied_weights_keys.items()):
-            if {target, source} & missing:
-                continue
-            one, other = model.get_parameter(target), model.get_parameter(source)
-            if one is other or not (isinstance(one, Unread) and isinstance(other, Unread)):
-                continue
-            if not self._all(one.shape == other.shape and _equal_here(one, other)):
-                model.all_tied_weights_keys.pop(target)
-                if not dist.is_initialized() or dist.get_rank() == 0:
-                    modeling_utils.logger.warning(
-                        f"{target} and {source} are tied in the config and differ in the checkpoint {self.name!s}; "
-                        "they stay two. Set tie_word_embeddings=False in the config to silence this."
-                    )
-                continue
-            parent, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, other)
-
-    def _all(self, here: bool) -> bool:
-        if not dist.is_initialized():
-            return here
-        found: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, here)
-        return all(found)
-
-
-def _equal_here(one: Unread, other: Unread) -> bool:
-    """Whether this rank's share of the rows is equal in both."""
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    parts = []
-    for tensor in (one, other):
-        layout = ShardLayout.even(tuple(tensor.shape), 0, ranks)
-        parts.append(torch.empty(layout.local_shape(rank), dtype=tensor.dtype))
-        for index in layout.slices(rank):
-            tensor.read_into(parts[-1], index)
-    return torch.equal(*parts)
-
-
-# ---- what transformers calls -------------------------------------------------------------------------------------------
-
-
 def _from_pretrained_method(original: classmethod) -> classmethod:
     inner = original.__func__
 
     @functools.wraps(inner)
     def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
         def call() -> Any:
-            for option, brings in UNSERVED.items():
+            for option, why in UNSERVED.items():
                 if kwargs.get(option):
                     raise TensorParallelError(
-                        f"from_pretrained was given {option}=, that is {brings}, which cannot be loaded by slices; "
-                        "leave it out."
+                        f"{option}= cannot be given for a model of which each rank loads its slices ({why}); leave it "
+                        "out."
                     )
             return inner(cls, name, *args, **kwargs)
 
-        if _CURRENT is not None:
-            return call() if _CURRENT.reader is None else inner(cls, name, *args, **kwargs)
+        load = current()
+        if load is not None:
+            return call() if load.reader is None else inner(cls, name, *args, **kwargs)
         config = _live_config()
         return inner(cls, name, *args, **kwargs) if config is None else load_sharded(call, name, config)
 
@@ -323,7 +91,7 @@ def _from_config_method(original: classmethod) -> classmethod:
 
     @functools.wraps(inner)
     def _from_config(cls: type, config: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if _live_config() is None else _zero3_asleep():
+        with contextlib.nullcontext() if _live_config() is None else zero3_asleep():
             return inner(cls, config, **kwargs)
 
     return classmethod(_from_config)
@@ -336,7 +104,7 @@ def _load_pretrained_model_method(original: staticmethod) -> staticmethod:
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **rest: Any
     ) -> Any:
-        load = _CURRENT
+        load = current()
         if load is None or load.plan is not None or not set(load.files) <= set(checkpoint_files or ()):
             return inner(model, state_dict, checkpoint_files, load_config, **rest)
         return load.fill(model, checkpoint_files, load_config), None
@@ -347,7 +115,7 @@ def _load_pretrained_model_method(original: staticmethod) -> staticmethod:
 def _get_resolved_checkpoint_files_function(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _get_resolved_checkpoint_files(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        load, path = _CURRENT, pretrained_model_name_or_path
+        load, path = current(), pretrained_model_name_or_path
         if load is None or load.reader is not None:
             return original(path, *args, **kwargs)
         if os.path.isdir(path) or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -366,11 +134,12 @@ def _get_resolved_checkpoint_files_function(original: Callable[..., Any]) -> Cal
 def _get_hf_quantizer_function(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if _CURRENT is not None and getattr(config, "quantization_config", None):
+        load = current()
+        if load is not None and getattr(config, "quantization_config", None):
             method = config.quantization_config
             method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
             raise TensorParallelError(
-                f"{_CURRENT.name!s} is quantised ({method}), and quantised weights cannot be sharded; name the "
+                f"{load.name!s} is quantised ({method}), and quantised weights cannot be sharded; name the "
                 "checkpoint it was made from."
             )
         return original(config, quantization_config, *args, **kwargs)
@@ -382,13 +151,10 @@ def _log_state_dict_report_function(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def log_state_dict_report(*args: Any, **kwargs: Any) -> None:
         # what it would raise for has been raised by then, on all ranks together
-        if _CURRENT is None or not dist.is_initialized() or dist.get_rank() == 0:
+        if current() is None or not dist.is_initialized() or dist.get_rank() == 0:
             original(*args, **kwargs)
 
     return log_state_dict_report
-
-
-# ---- ZeRO-3 ------------------------------------------------------------------------------------------------------------
 
 
 def _live_config() -> TensorParallelConfig | None:
@@ -405,23 +171,3 @@ def _live_config() -> TensorParallelConfig | None:
 
         deepspeed.init_distributed()
     return config
-
-
-@contextlib.contextmanager
-def _zero3_asleep() -> Iterator[None]:
-    """transformers builds and loads models as it does without ZeRO-3."""
-    known = trainer_side._hf_deepspeed_config_weak_ref
-    trainer_side._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        trainer_side._hf_deepspeed_config_weak_ref = known
-
-
-def _sentence(name: Any, failure: Exception) -> str:
-    """One sentence about what went wrong on this rank alone."""
-    if isinstance(failure, TensorParallelError):
-        return str(failure)
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    said = lines[0].split(". ")[0].rstrip(".") if lines else "no reason given"
-    return f"cannot load {str(name)!r}: {type(failure).__name__}: {said}."
