@@ -233,17 +233,17 @@ def test_a_rank_says_whom_it_waits_for():
     assert first == second
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("other_prompts", "with different prompts or options"),
-        ("other_options", "with different prompts or options"),
-        ("continuous_batching", "use generate()"),
-        ("attention_weights", "output_attentions"),
-    ],
-)
-def test_refused_on_every_rank(name, words):
-    assert words in sentence(results(), name)
+REFUSED = {
+    "other_prompts": "with different prompts or options",
+    "other_options": "with different prompts or options",
+    "continuous_batching": "use generate()",
+    "attention_weights": "output_attentions",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_on_every_rank(name):
+    assert REFUSED[name] in sentence(results(), name)
 
 
 # ---- data-parallel ranks that end at different times -------------------------------------------------------------
