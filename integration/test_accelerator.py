@@ -20,7 +20,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """The folder of one launch and what each rank reports."""
     folder = tmp_path_factory.mktemp("loop")
     config = deepspeed_config(request.param, gradient_accumulation_steps=1, gradient_clipping=0.5)
-    accelerate_launch(folder, TP * DP, config, [f"{SCRIPTS}/loop.py", str(folder)])
+    command = [f"{SCRIPTS}/loop.py", str(folder)]
+    if request.param == 3:  # accelerate's default there, and a model that is loaded while it holds
+        tiny.model().save_pretrained(folder / "start")
+        command += ["--start", str(folder / "start")]
+    accelerate_launch(folder, TP * DP, config, command, zero3_init=request.param == 3)
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(TP * DP)]
 
 
@@ -30,6 +34,23 @@ def test_gather_and_reduce_count_a_tensor_parallel_group_once(run):
         assert rank["gather"] == [0, 2]
         assert rank["gather_nested"] == [[0, 2], [[0], [2]]]
         assert (rank["sum"], rank["mean"], rank["max"]) == ([2], [1], [3])
+
+
+def test_under_zero3_a_model_is_loaded_by_slices(run):
+    zero3 = (run[0] / "start").exists()
+    assert [rank["head_rows"] for rank in run[1]] == ([66, 65] * DP if zero3 else [tiny.VOCAB] * TP * DP)
+
+
+def test_functions_imported_by_name_count_it_once_too(run):
+    for rank in run[1]:
+        assert rank["function_gather"] == [0, 2]
+        assert rank["function_objects"] == ["rank 0", "rank 2"]
+        assert (rank["function_sum"], rank["function_mean"], rank["function_max"]) == ([2], [1], [3])
+
+
+def test_a_list_is_dealt_to_groups(run):
+    assert [rank["share"] for rank in run[1]] == [["a", "b"], ["a", "b"], ["c"], ["c"]]
+    assert [rank["padded_share"] for rank in run[1]] == [["a", "b"], ["a", "b"], ["c", "c"], ["c", "c"]]
 
 
 def test_any_rank_can_trigger_all(run):

@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict] = {
     "zero2_local_mean": {"deepspeed": deepspeed_config(2), "max_steps": 3, "tied": True, "save": True} | LOCAL_MEAN,
     "zero3_reentrant": {"deepspeed": deepspeed_config(3), "max_steps": 3, "save": True, "evaluate": True} | REENTRANT,
     "zero0_seeded": {"deepspeed": deepspeed_config(0), "max_steps": 3, "save": True} | SEEDED | TWO_MICRO | PLAIN,
+    # the order HF documents: the model is loaded while a ZeRO-3 config is alive
+    "zero3_loaded": {"start": "start", "deepspeed": deepspeed_config(3), "max_steps": 3, "save": True},
     "zero1_cpu": {"max_steps": 2, "use_cpu": True, "save": True},  # superfluous here, and must not drop DeepSpeed
 }
 TRAINED = [name for name in VARIANTS if name != "resumed"]
@@ -38,6 +40,7 @@ TRAINED = [name for name in VARIANTS if name != "resumed"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one launch that trained every variant."""
     folder = tmp_path_factory.mktemp("trainer")
+    tiny.model().save_pretrained(folder / "start")
     variants = [{"name": name, **variant} for name, variant in VARIANTS.items()]
     (folder / "variants.json").write_text(json.dumps(variants))
     script = [f"{SCRIPTS}/hf_trainer.py", "--variants", f"{folder}/variants.json", "--out", str(folder)]

@@ -374,26 +374,6 @@ def zero_init():
     initialise(model, stage=3)
 
 
-def peft_lora():
-    from peft import LoraConfig, get_peft_model
-
-    initialise(get_peft_model(make("Llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")))
-
-
-def peft_prompt():
-    from peft import PromptTuningConfig, get_peft_model
-
-    initialise(get_peft_model(make("Llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")))
-
-
-def peft_by_transformers():
-    from peft import LoraConfig
-
-    model = make("Llama")
-    model.add_adapter(LoraConfig(target_modules=["down_proj"]))
-    initialise(model)
-
-
 def resize_after():
     initialise().module.resize_token_embeddings(140)
 
@@ -443,10 +423,7 @@ REFUSED = {
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
     "use_kernels": r"use_kernels=True.*load it without",
-    "zero_init": r"built under DeepSpeed's zero\.Init.*set zero3_init_flag: false",
-    "peft_lora": r"carries an adapter \(PEFT\).*train the full model",
-    "peft_prompt": r"carries an adapter \(PEFT\).*train the full model",
-    "peft_by_transformers": r"carries an adapter \(PEFT\).*train the full model",
+    "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
     "resize_after": r"resize before sharding",
     "deepcopy_after": r"cannot be copied.*copy before sharding",
     "save_16bit_model": r"use tp_plugin\.save_pretrained",
@@ -658,5 +635,5 @@ def test_every_test_the_table_names_exists():
 
 
 def test_every_refusal_is_in_the_table():
-    named = {case for row in rows() for case in re.findall(r"test_refused\[(\w+)\]", row[-1])}
+    named = {case for row in rows() for case in re.findall(r"test_compatibility\.py::test_refused\[(\w+)\]", row[-1])}
     assert named == set(REFUSED)

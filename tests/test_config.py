@@ -60,7 +60,10 @@ def test_wrong_values_are_refused(options, message):
     ("block", "message"),
     [
         ({"brodcast_batch": True}, "unknown key 'brodcast_batch'.*did you mean 'broadcast_batch'"),
-        ({"zzz": 1}, "unknown key 'zzz'.*known keys: plan, check_batch_every, broadcast_batch"),
+        (
+            {"zzz": 1},
+            "unknown key 'zzz'.*known keys: plan, check_batch_every, guard, check_replicas_every, broadcast_batch",
+        ),
         ({"tp_size": 2}, "'tp_size' does not belong in the 'tp_plugin' block; set tensor_parallel.autotp_size"),
         (None, "'tp_plugin' block of the DeepSpeed config must be an object of options, got None"),
     ],

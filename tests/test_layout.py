@@ -59,6 +59,21 @@ def test_slices_read_what_shard_cuts(layout):
         assert torch.equal(read, layout.shard(full, rank))
 
 
+@given(layouts(), st.data())
+def test_rows_are_the_layout_of_a_run_of_rows(layout, data):
+    full = torch.randn(layout.shape)
+    start = data.draw(st.integers(0, layout.shape[0] - 1))
+    stop = data.draw(st.integers(start + 1, layout.shape[0]))
+    rows = layout.rows(start, stop)
+    shards = [
+        torch.cat([layout.shard(full, rank)[a:b] for a, b in layout.local_rows(rank, start, stop)] or [full[:0]])
+        for rank in range(layout.ranks)
+    ]
+    shards = [shard.reshape(rows.local_shape(rank)) for rank, shard in enumerate(shards)]
+    assert all(torch.equal(shard, rows.shard(full[start:stop], rank)) for rank, shard in enumerate(shards))
+    assert torch.equal(rows.unshard(shards), full[start:stop])
+
+
 @given(layouts())
 def test_every_index_has_exactly_one_owner(layout):
     if layout.dim is None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -46,7 +47,7 @@ def place(tmp_path):
     return tmp_path
 
 
-def run(place: Path, *command: str) -> str:
+def run(place: Path, *command: str, sharded: bool = True) -> str:
     bin_folder = Path(sys.executable).parent
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -64,7 +65,7 @@ def run(place: Path, *command: str) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    assert "tp=2 dp=1 ZeRO-1, 7/7 linears sharded" in done.stdout
+    assert not sharded or "tp=2 dp=1 ZeRO-1, 7/7 linears sharded" in done.stdout
     return done.stdout
 
 
@@ -78,7 +79,7 @@ def loads_plainly(directory: Path) -> None:
 
 
 def test_every_example_is_run_and_short():
-    assert set(BLOCKS) == {"recipe", "deepspeed", "script", "loss"}
+    assert set(BLOCKS) == {"recipe", "deepspeed", "script", "trl", "weights", "loss"}
     assert len(re.findall(r"```(?:python|yaml)", README)) == len(BLOCKS)
     for example in BLOCKS.values():
         assert example.count("\n") <= 30
@@ -106,6 +107,33 @@ def test_script_example(place):
     (place / "train.py").write_text(script)
     run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "train.py", "tiny")
     loads_plainly(place / "outputs/script")
+
+
+def test_trl_example(place):
+    script = BLOCKS["trl"].replace("bf16=True", "learning_rate=1e-2").replace('"bfloat16"', '"float32"')
+    (place / "sft.py").write_text(script)
+    run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "sft.py", "tiny")
+    start = transformers.AutoModelForCausalLM.from_pretrained(place / "tiny")
+    adapted = peft.PeftModel.from_pretrained(start, place / "outputs/sft")
+    trained = [param for name, param in adapted.named_parameters() if "lora_B" in name]
+    assert len(trained) == 7
+    assert all(param.any() for param in trained), "every adapter was trained"
+
+
+def test_weights_example(place):
+    (place / "resume.py").write_text(BLOCKS["weights"].replace("lr=1e-5", "lr=1e-2"))
+    launch = ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port"]
+    run(place, *launch, str(free_port()), "resume.py", "tiny", "2")
+    loads_plainly(place / "outputs/model")
+    log = run(place, *launch, str(free_port()), "resume.py", "tiny", "1", sharded=False)
+    assert "resumed a checkpoint of tp=2 dp=1 ZeRO-1 at tp=1 dp=2 ZeRO-1" in log
+    told = run(place, "tp-plugin", "inspect", "outputs/run", sharded=False)
+    assert "global_step2" in told
+    run(place, "tp-plugin", "export", "outputs/run", "outputs/exported", sharded=False)
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(place / f"outputs/{name}") for name in ("model", "exported")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_loss_example(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import tp_plugin
@@ -20,6 +22,7 @@ from tp_plugin.plans import plan_for
 
 RECIPES = ROOT / "recipes"
 TRAIN = sorted(RECIPES.rglob("train.yaml"))
+TRL = sorted([*RECIPES.rglob("sft_*.yaml"), *RECIPES.rglob("dpo_*.yaml")])
 ACCELERATE = sorted(RECIPES.glob("accelerate/*.yaml")) + [RECIPES / "quickstart/accelerate.yaml"]
 DEEPSPEED = sorted(RECIPES.rglob("*.json"))
 
@@ -63,12 +66,12 @@ def name_of(path: Path) -> str:
 
 def test_no_file_is_left_unchecked():
     files = {path for path in RECIPES.rglob("*") if path.is_file()}
-    assert files == {*TRAIN, *ACCELERATE, *DEEPSPEED, RECIPES / "README.md"}
+    assert files == {*TRAIN, *TRL, *ACCELERATE, *DEEPSPEED, RECIPES / "README.md"}
 
 
 def test_the_table_names_every_recipe_and_spread():
     listed = set(re.findall(r"\]\(([\w./-]+)\)", (RECIPES / "README.md").read_text()))
-    for path in (*TRAIN, *ACCELERATE[:-1], *(file for file in DEEPSPEED if file.parent.name == "deepspeed")):
+    for path in (*TRAIN, *TRL, *ACCELERATE[:-1], *(file for file in DEEPSPEED if file.parent.name == "deepspeed")):
         assert name_of(path) in listed
     for target in listed:
         assert (RECIPES / target).exists(), target
@@ -81,6 +84,22 @@ def test_recipe_is_accepted_and_names_an_existing_deepspeed_config(path):
     assert ROOT / recipe.deepspeed in DEEPSPEED
     assert not recipe.model.trust_remote_code
     assert recipe.model.build is not None or recipe.model.path in ARCHITECTURES
+
+
+@pytest.mark.parametrize("path", TRL, ids=name_of)
+def test_recipe_of_trl_has_only_keys_that_its_script_knows(path):
+    """integration/test_trl.py runs every one of them."""
+    import trl
+
+    kind = path.stem.split("_")[0]
+    config = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[kind]
+    known = {field.name for one in (trl.ScriptArguments, config, trl.ModelConfig) for field in dataclasses.fields(one)}
+    text = path.read_text()
+    given = yaml.safe_load(text)
+    assert set(given) <= known
+    assert given["model_name_or_path"] in ARCHITECTURES
+    assert f"-m tp_plugin.run -m trl.scripts.{kind} --config {path.relative_to(ROOT)}" in text
+    assert given["lora_dropout"] == 0, "masks of sharded inputs are not those of one process"
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=name_of)

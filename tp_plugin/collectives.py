@@ -122,6 +122,29 @@ def all_gather(
     return [part.narrow(dim, 0, n) for part, n in zip(parts, sizes, strict=True)]
 
 
+def gather_to(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, to: int, sizes: Sequence[int], *, purpose: str = ""
+) -> list[torch.Tensor] | None:
+    """Every rank's 1-dim tensor, of ``sizes[rank]`` elements, on rank ``to`` of the group; None on the others.
+
+    Messages to one rank: nothing is padded, and a rank that has nothing sends nothing.
+    """
+    if group is None:
+        return [tensor]
+    _note("gather", purpose, tensor)
+    rank, found = rank_in(group), None
+    sends: list[dist.P2POp] = []
+    if rank == to:
+        found = [tensor if other == to else tensor.new_empty(size) for other, size in enumerate(sizes)]
+        others = [(other, part) for other, part in enumerate(found) if other != to and part.numel()]
+        sends = [dist.P2POp(dist.irecv, part, group=group, group_peer=other) for other, part in others]
+    elif tensor.numel():
+        sends = [dist.P2POp(dist.isend, tensor.contiguous(), group=group, group_peer=to)]
+    for work in dist.batch_isend_irecv(sends) if sends else []:
+        work.wait()
+    return found
+
+
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:

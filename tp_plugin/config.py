@@ -29,6 +29,10 @@ class TensorParallelConfig:
             Patterns are matched against full module names; ``*`` stands for one dotted part.
         check_batch_every: every how many training forwards the ranks of a TP group compare their inputs
             (one small all-gather). 0 never compares. The first forward is always compared unless 0.
+        guard: compute the first training step again without tensor parallelism, on a slice of the batch, and refuse to
+            go on where loss or logits differ, or where a parameter that should has no gradient.
+        check_replicas_every: every how many training forwards parameters that a TP group holds as replicas are compared
+            by a hash, the first included. 0 never compares.
         broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
             data collators that draw random numbers.
         loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it. 0 is
@@ -42,6 +46,8 @@ class TensorParallelConfig:
     tp_size: int = 1
     plan: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check_batch_every: int = 100
+    guard: bool = True
+    check_replicas_every: int = 500
     broadcast_batch: bool = False
     loss_workspace_mib: int = 0
     infer: str = "checked"
@@ -62,8 +68,9 @@ class TensorParallelConfig:
                 f"tp_plugin option 'infer' must be one of {', '.join(INFER)}, got {self.infer!r}; correct it in "
                 f"{_where('infer')}."
             )
-        if self.check_batch_every < 0:
-            raise TensorParallelError("tp_plugin option 'check_batch_every' must be 0 (never) or a number of steps.")
+        for name in ("check_batch_every", "check_replicas_every"):
+            if getattr(self, name) < 0:
+                raise TensorParallelError(f"tp_plugin option {name!r} must be 0 (never) or a number of steps.")
         if self.loss_workspace_mib < 0:
             raise TensorParallelError("tp_plugin option 'loss_workspace_mib' must be 0 (automatic) or a number of MiB.")
         for pattern, style in self.plan.items():

@@ -6,6 +6,9 @@ So what can differ between ranks is checked through :func:`agree`, which raises 
 
 from __future__ import annotations
 
+import sys
+import time
+
 import torch.distributed as dist
 
 NO_FULLGRAPH = "a tensor-parallel model breaks graphs at its collectives: compile without fullgraph=True"
@@ -45,6 +48,28 @@ def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
         for sentence, ranks in ranks_of.items()
     ]
     raise TensorParallelError(" | ".join(parts))
+
+
+def meet(what: str, patience: float = 60.0) -> None:
+    """Wait until every rank is in ``what``; a collective call over the world.
+
+    A rank that waits longer than ``patience`` seconds says on stderr what it waits for: a call that is made on one
+    rank only would otherwise be silence until the process group's timeout.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    work, since, said = dist.barrier(async_op=True), time.monotonic(), False
+    while not work.is_completed():
+        time.sleep(0.001)
+        if not said and time.monotonic() - since > patience:
+            said = True
+            print(
+                f"tp_plugin: rank {dist.get_rank()} waits in {what} for other ranks; it is collective, call it on "
+                "every rank and not under a test for the main process.",
+                file=sys.stderr,
+                flush=True,
+            )
+    work.wait()
 
 
 def _name(ranks: list[int]) -> str:

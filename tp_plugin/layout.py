@@ -148,6 +148,28 @@ class ShardLayout:
             return [whole]
         return [(*whole[: self.dim], slice(start, stop), *whole[self.dim + 1 :]) for start, stop in self.parts[rank]]
 
+    def rows(self, start: int, stop: int) -> ShardLayout:
+        """How ``full[start:stop]``, a run of the first dimension, lies on the ranks."""
+        if not 0 <= start < stop <= self.shape[0]:
+            raise ValueError(f"rows {start} to {stop} are empty or lie outside of shape {self.shape}")
+        shape = (stop - start, *self.shape[1:])
+        if self.dim != 0:
+            return ShardLayout(shape, self.dim, self.parts)
+        held = [[(max(a, start) - start, min(b, stop) - start) for a, b in part] for part in self.parts]
+        return ShardLayout(shape, 0, tuple(_merge([(a, b) for a, b in part if a < b]) for part in held))
+
+    def local_rows(self, rank: int, start: int, stop: int) -> list[Interval]:
+        """Rows of the shard of ``rank`` that, one behind the other, are its shard of ``full[start:stop]``."""
+        if self.dim != 0:
+            return [(start, stop)]
+        found, local = [], 0
+        for a, b in self.parts[rank]:
+            first, last = max(a, start), min(b, stop)
+            if first < last:
+                found.append((local + first - a, local + last - a))
+            local += b - a
+        return found
+
     def shard(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         """The shard of ``rank``, a contiguous copy (replicated: the tensor itself)."""
         if tuple(full.shape) != self.shape:
@@ -172,6 +194,31 @@ class ShardLayout:
             for start, stop, local in self.owned(rank):
                 full.narrow(self.dim, start, stop - start).copy_(shard.narrow(self.dim, local, stop - start))
         return full
+
+    def taken_from(self, rank: int, source: ShardLayout) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        """How the shard of ``rank`` is put together from the shards of another layout of the same tensor.
+
+        Returns:
+            (rank of ``source``, index expression of its shard, index expression of this shard), each element of the
+            shard once, and each taken from the rank of ``source`` that owns it.
+        """
+        if source.shape != self.shape:
+            raise ValueError(f"a tensor of shape {source.shape} is not one of shape {self.shape}")
+        found = []
+        for held, other in itertools.product(self._blocks(rank), range(source.ranks)):
+            for owned in source._blocks(other, owned=True):
+                both = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(held, owned, strict=True)]
+                if all(start < stop for start, stop in both):
+                    found.append((other, _within(both, owned), _within(both, held)))
+        return found
+
+    def _blocks(self, rank: int, *, owned: bool = False) -> list[list[tuple[int, int, int]]]:
+        """The shard of ``rank`` (or what it owns of it) as blocks of (start, stop, start in the shard) by dimension."""
+        whole = [(0, size, 0) for size in self.shape]
+        if self.dim is None:
+            return [whole] if rank == 0 or not owned else []
+        pieces = self.owned(rank) if owned else self._pieces(rank, lambda start, stop: [(start, stop)])
+        return [[*whole[: self.dim], piece, *whole[self.dim + 1 :]] for piece in pieces]
 
     def owned(self, rank: int) -> list[tuple[int, int, int]]:
         """What ``rank`` holds and no lower rank does, as (start, stop, start in the shard).
@@ -238,6 +285,14 @@ def _merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
         else:
             out.append((start, stop))
     return tuple(out)
+
+
+def _within(intervals: Sequence[Interval], block: Sequence[tuple[int, int, int]]) -> tuple[slice, ...]:
+    """Index expression, in the shard that ``block`` lies in, of intervals of the full tensor inside the block."""
+    return tuple(
+        slice(start - first + local, stop - first + local)
+        for (start, stop), (first, _, local) in zip(intervals, block, strict=True)
+    )
 
 
 def _subtract(interval: Interval, taken: Sequence[Interval]) -> list[Interval]:

@@ -11,7 +11,7 @@ import numpy as np
 import tiny
 import torch
 from accelerate.utils import set_seed
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--variants", required=True)
@@ -37,14 +37,17 @@ class Notes(TrainerCallback):
 
 
 def train(name, *, tied=False, deepspeed=None, device_specific=False, resume=None, evaluate=False, save=False, **args):
+    start = args.pop("start", None)
     folder, notes = f"{options.out}/{name}", Notes()
-    model = tiny.model(tied=tied)
+    model = None if start else tiny.model(tied=tied)
     arguments = TrainingArguments(
         output_dir=folder, deepspeed=deepspeed, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler_type="constant", max_grad_norm=0.5, weight_decay=0.0,
+        learning_rate=1e-2, adam_epsilon=1e-4, max_grad_norm=0.5, weight_decay=0.0,
         logging_steps=1, report_to="none", disable_tqdm=True, include_num_input_tokens_seen="all",
-        **({"save_strategy": "no"} | args),
+        **({"save_strategy": "no", "lr_scheduler_type": "constant"} | args),
     )  # fmt: skip
+    if start:  # the order HF documents for ZeRO-3
+        model = AutoModelForCausalLM.from_pretrained(f"{options.out}/{start}")
     result = {"rank": RANK, "world": arguments.world_size, "kind": str(arguments.distributed_state.distributed_type)}
 
     def compute_metrics(found):

@@ -36,13 +36,15 @@ def deepspeed_config(stage: int, tp: int = 2, **more: object) -> dict:
     }
 
 
-def accelerate_launch(folder: Path, ranks: int, config: dict, command: list[str], env: dict | None = None) -> str:
+def accelerate_launch(
+    folder: Path, ranks: int, config: dict, command: list[str], env: dict | None = None, zero3_init: bool = False
+) -> str:
     """``accelerate launch --config_file ... -m tp_plugin.run COMMAND``; its output, or AssertionError with it."""
     (folder / "ds.json").write_text(json.dumps(config))
     (folder / "accelerate.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
         f"machine_rank: 0\nnum_processes: {ranks}\nmain_process_port: {free_port()}\n"
-        f"deepspeed_config:\n  deepspeed_config_file: {folder}/ds.json\n  zero3_init_flag: false\n"
+        f"deepspeed_config:\n  deepspeed_config_file: {folder}/ds.json\n  zero3_init_flag: {str(zero3_init).lower()}\n"
     )
     return _start(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{folder}/accelerate.yaml"]

@@ -10,11 +10,13 @@ import os
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather, gather_object, reduce, set_seed
+from transformers import AutoModelForCausalLM
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")
+parser.add_argument("--start")
 parser.add_argument("--local_rank", type=int)
 options = parser.parse_args()
 
@@ -34,11 +36,21 @@ say("gather_nested", [t.tolist() for t in accelerator.gather({"a": mine, "b": (m
 say("sum", accelerator.reduce(mine, "sum"))
 say("mean", accelerator.reduce(mine, "mean"))
 say("max", accelerator.reduce(mine, "max"))
+say("function_gather", gather({"a": mine})["a"])
+say("function_objects", gather_object([f"rank {rank}"]))
+say("function_sum", reduce(mine, "sum"))
+say("function_mean", reduce([mine])[0])
+say("function_max", reduce(mine, "max"))
+with PartialState().split_between_processes(["a", "b", "c"]) as share:
+    say("share", share)
+with accelerator.split_between_processes(["a", "b", "c"], apply_padding=True) as share:
+    say("padded_share", share)
 if rank == 3:  # any one rank may ask all to stop
     accelerator.set_trigger()
 say("triggered", accelerator.check_trigger())
 
-model = tiny.model()
+model = AutoModelForCausalLM.from_pretrained(options.start).train() if options.start else tiny.model()
+say("head_rows", len(model.lm_head.weight))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 train = torch.utils.data.DataLoader(tiny.Samples(24), batch_size=2, shuffle=True)

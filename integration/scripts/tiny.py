@@ -25,6 +25,20 @@ def model(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     return made
 
 
+def adapted():
+    """:func:`model` with LoRA on every linear layer and a head of its own, B away from zero."""
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model(), config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
 class Samples(torch.utils.data.Dataset):
     """``count`` samples of LENGTH tokens; the first token is the sample's number, the rest is made from it.
 

@@ -232,3 +232,33 @@ def test_an_index_out_of_range_is_torchs_own_error():
     x = Case().lazy
     with pytest.raises(RuntimeError, match="out of bounds"):
         x.gather(-1, torch.full((B, T, 1), V))
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1), (2, 3)])
+def test_a_sum_of_two_heads_is_one_product_and_stays_lazy(frozen):
+    torch.manual_seed(0)
+    shapes = (V, H), (V,), (B, T, H), (B, T, 3), (V, 3)
+    leaves = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    trained = [leaf.requires_grad_() for number, leaf in enumerate(leaves) if number not in frozen]
+    weight, bias, hidden, small, narrow = leaves
+    labels, vocab = torch.randint(0, V, (B, T)), VocabShard.balanced(V, None)
+    plain = F.linear(hidden, weight, bias) + F.linear(small, narrow) * 0.5
+    lazy = lazy_logits(hidden, weight, bias, vocab) + lazy_logits(small, narrow, None, vocab) * 0.5
+    assert isinstance(lazy, VocabParallelLogits)
+    for use in (ce, lambda x, y: ce(3.0 * torch.tanh(x / 3.0), y), lambda x, _: x.sin().sum()):
+        expected = torch.autograd.grad(use(plain, labels), trained, retain_graph=True)
+        found = torch.autograd.grad(use(lazy, labels), trained, retain_graph=True)
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+def test_sums_that_are_no_product_are_computed():
+    """A bias in the second, a soft cap in the first, other rows."""
+    case, other = Case(), Case(seed=1)
+    for first, second, plain in (
+        (case.lazy, other.lazy, case.plain + other.plain),
+        (torch.tanh(case.lazy), other.lazy, torch.tanh(case.plain) + other.plain),
+        (case.lazy, other.lazy[:1], case.plain + other.plain[:1]),
+    ):
+        found = first + second
+        assert not isinstance(found, VocabParallelLogits)
+        assert (found - plain).abs().max() < 1e-12

@@ -6,7 +6,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from tests.loss.problems import N, problem
+from tests.loss.problems import N, V, problem
+from tests.loss.test_logprobs import MORE, difference
 from tp_plugin.loss import VocabShard, linear_cross_entropy, reference_cross_entropy
 
 
@@ -43,8 +44,23 @@ def options_in(dtype):
     return worst
 
 
+def logprobs_in(dtype):
+    """The same of the log-probabilities and their company, ties among the largest logits included."""
+    worst = 0.0
+    for seed, (softcap, budget) in enumerate([(None, None), (2.0, 600), (None, 600)]):
+        case = {
+            "n": N, "seed": seed, "softcap": softcap, "scale": 0.5, "budget": budget, "with_bias": True,
+            "ties": seed == 2 or dtype != torch.float32, "more": MORE, "through": "both", "frozen": "",
+        }  # fmt: skip
+        worst = max(worst, difference(case, (V,), "triton", dtype))
+    return worst
+
+
 def on_a_group():
     dist.init_process_group("gloo")
+    case = {"n": N, "seed": 0, "softcap": None, "scale": 1.0, "budget": 500, "with_bias": True, "ties": True}
+    case |= {"more": MORE, "through": "both", "frozen": ""}
+    assert difference(case, (20, 0, 3), "triton", torch.float32) <= 5e-6
     vocab = VocabShard.of_sizes([20, 0, 3], dist.group.WORLD)
     own = slice(vocab.start, vocab.stop)
     hidden, weight, _, labels = problem(torch.float32)
@@ -63,4 +79,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "group":
         on_a_group()
     else:
-        print(json.dumps({str(dtype): options_in(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}))
+        kinds = (torch.float32, torch.float16, torch.bfloat16)
+        print(json.dumps({str(dtype): max(options_in(dtype), logprobs_in(dtype)) for dtype in kinds}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from typing import Any
 
 import torch
@@ -32,6 +34,15 @@ def model_of(family: str, seed: int = 0, **options: Any) -> torch.nn.Module:
     return make(family, seed=seed, **options)
 
 
+def adapted(model: torch.nn.Module, adapter: str | None) -> torch.nn.Module:
+    """``model`` with an adapter of :mod:`tests.support.adapters`, where one is asked for."""
+    if adapter is None:
+        return model
+    from tests.support.adapters import adapt
+
+    return adapt(model, adapter)
+
+
 def micro_batches(step: int, dp: int, family: str = "") -> list[list[dict[str, torch.Tensor]]]:
     """[accumulation][dp rank] micro-batches of global batch ``step``."""
     rows = MICRO * dp * ACCUMULATION
@@ -50,9 +61,12 @@ def loss_of(model: Any, data: dict[str, torch.Tensor], step: int, family: str = 
     return model(**data, num_items_in_batch=torch.tensor(17.0 + step)).loss
 
 
-def truth(family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, **options: Any) -> dict:
+def truth(
+    family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: str | None = None,
+    **options: Any,
+) -> dict:  # fmt: skip
     """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
-    model = model_of(family, heads=heads, tied=tied, **options)
+    model = adapted(model_of(family, heads=heads, tied=tied, **options), adapter)
     optim = optimizer_for(model, optimizer)
     losses, norms, grads = [], [], {}
     for step in range(STEPS):
@@ -68,7 +82,7 @@ def truth(family: str, heads: tuple[int, int], tied: bool | None, optimizer: str
         optim.step()
         optim.zero_grad()
         losses.append(total)
-    start = dict(model_of(family, heads=heads, tied=tied, **options).named_parameters())
+    start = dict(adapted(model_of(family, heads=heads, tied=tied, **options), adapter).named_parameters())
     params = {n: p.detach() for n, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "grads": grads, "params": params, "start": start}
 
@@ -106,11 +120,12 @@ def engine_by(
     """An engine made in one of three ways.
 
     ``slot``: the engine shards. ``early``: ``shard_model`` first, and the engine finds it done. ``mpu``: likewise,
-    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``.
+    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``. (``late`` is the model's to know: it
+    is sharded already, and adapters were put into it then.)
     """
     import tp_plugin
 
-    if way == "slot":
+    if way in ("slot", "late", "load", "zero3 order"):
         return engine_for(model, optimizer, config)
     record = tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
     if way == "early":
@@ -119,31 +134,69 @@ def engine_by(
     return engine_for(model, optimizer, rest, mpu=record.mesh)
 
 
+def reloaded(way: str, model: torch.nn.Module, tp: int, config: dict[str, Any]) -> torch.nn.Module:
+    """``model`` as a checkpoint of it loads: each rank its slices.
+
+    ``load``: by ``tp_plugin.from_pretrained``. ``zero3 order``: by transformers' own, under a live ZeRO-3 config.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    import tp_plugin
+    from tp_plugin.sharding import state_of
+
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder[0])
+    dist.barrier()
+    if way == "load":
+        options = tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2)
+        found = tp_plugin.from_pretrained(folder[0], config=options)
+    else:
+        tp_plugin.register()
+        alive = HfDeepSpeedConfig(config)
+        found = type(model).from_pretrained(folder[0])
+        found.config_alive = alive  # as in a script, where it lives on while the engine is made
+    assert state_of(found) is not None
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return found.train()
+
+
 def compare(
     family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
     zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
-    gradients: bool = True, **options: Any,
+    gradients: bool = True, adapter: str | None = None, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
-    ``way``: see :func:`engine_by`. ``zero`` and ``extra`` go into the DeepSpeed config. ``checkpointing``: whether
-    activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or "by rank" for another model
-    on every rank but the first, whose model is the truth. ``gradients``: whether to ask DeepSpeed for each of them.
+    ``way``: see :func:`engine_by` and :func:`reloaded`. ``zero`` and ``extra`` go into the DeepSpeed config.
+    ``checkpointing``: whether activations are recomputed, and reentrantly; None keeps them. ``seeded``: "alike", or
+    "by rank" for another model on every rank but the first, whose model is the truth. ``gradients``: whether to ask
+    DeepSpeed for each of them.
+    ``adapter``: one of :data:`tests.support.adapters.ADAPTERS`; after sharding where ``way`` is "late", else before.
 
     Keys: loss, norm, grad (worst parameter), update (worst parameter), replicas (across tp and dp, absolute).
     """
     import tp_plugin
 
     dp = dist.get_world_size() // tp
-    expected = truth(family, heads, tied, optimizer, dp, **options)
+    expected = truth(family, heads, tied, optimizer, dp, adapter, **options)
     seed = dist.get_rank() if seeded == "by rank" else 0
     model = model_of(family, seed, heads=heads, tied=tied, **options)
+    zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    config = config_for(tp, stage, zero=zero, **(extra or {}))
+    if way in ("load", "zero3 order"):
+        model = reloaded(way, model, tp, config)
+    if way == "late":
+        tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
+    model = adapted(model, adapter)
     names = [(name, id(param)) for name, param in model.named_parameters()]
     optim = optimizer_for(model, optimizer)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
-    engine = engine_by(way, model, optim, config_for(tp, stage, zero=zero, **(extra or {})), tp)
+    engine = engine_by(way, model, optim, config, tp)
     assert names == [(name, id(param)) for name, param in model.named_parameters()], "names or identities changed"
     errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0, "replicas": 0.0}
     dp_rank = dist.get_rank() // tp

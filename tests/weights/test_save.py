@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import json
+import os
 import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +17,13 @@ import torch.distributed as dist
 import transformers
 
 import tp_plugin
+from benchmarks.live_bytes import LiveBytes
 from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
+from tp_plugin.errors import meet
+from tp_plugin.integrations.transformers import export
+from tp_plugin.weights import stream
 
 CASES = {
     "Llama untied ZeRO-1": ("Llama", False, 1, {}),
@@ -94,6 +104,145 @@ def outcomes():
 @pytest.mark.parametrize("name", CASES)
 def test_export_reloads_plainly_and_training_goes_on(name):
     assert [found[name] for found in outcomes()] == ["", ""]
+
+
+def wide(**options):
+    """A model of a few MB, none of whose tensors is most of it."""
+    return make("Llama", vocab_size=1000, intermediate_size=256, num_hidden_layers=6, heads=(16, 8), **options)
+
+
+def memory_of_exports():
+    """By ZeRO stage: the most bytes of tensors this rank held beside its own during an export, by the bucket's."""
+    found = {}
+    bucket = 64 << 10
+    for stage in (1, 3):
+        model = wide()
+        engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
+        steps(engine, [0])
+        written = export._written
+
+        def measured(*args, stage=stage, engine=engine, written=written):
+            own = [getattr(param, "ds_tensor", param) for param in engine.module.parameters()]
+            with LiveBytes().ignore(*own, *engine.module.buffers()) as seen:
+                error = written(*args)
+            found[stage] = seen.peak / bucket
+            return error
+
+        with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
+            shared = [own]
+            dist.broadcast_object_list(shared)
+            patch.setattr(stream, "BUCKET", bucket)
+            patch.setattr(export, "_written", measured)
+            tp_plugin.save_pretrained(engine, shared[0])
+    return found
+
+
+def test_a_rank_holds_a_few_buckets_beside_its_shard():
+    found = on_ranks(4, memory_of_exports)
+    writer, peer, *others = [rank[1] for rank in found]
+    assert 1 < writer <= 2.5, "gathered shards and the full rows made of them"
+    assert 0 < peer <= 1, "what is sent"
+    assert all(other < 0.1 for other in others), "they have nothing to do"
+    # a rank's part of the embedding, whole over data parallelism, is four buckets
+    assert all(rank[3] < 3 + 4 for rank in found), found
+
+
+def numbered():
+    """Two saves over one another: which rank wrote which file, the files after each, and what is wrong."""
+    wrong, wrote = [], []
+    model = wide()
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = model.num_parameters()
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True))
+    with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        folder = Path(shared[0]) / "a"
+
+        class Noted(export.SafetensorsFile):
+            def __init__(self, path, *args):
+                wrote.append(Path(path).name)
+                super().__init__(path, *args)
+
+        patch.setattr(export, "SafetensorsFile", Noted)
+        for options in ({"max_shard_size": "500KB"}, {}, {"max_shard_size": "500KB", "variant": "other"}):
+            if "max_shard_size" in options:
+                model.save_pretrained(folder, is_main_process=dist.get_rank() == 0, **options)
+            else:
+                tp_plugin.save_pretrained(model, folder)
+            if dist.get_rank() == 0:
+                loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, variant=options.get("variant"))
+                if not all(torch.equal(value, whole[name]) for name, value in loaded.state_dict().items()):
+                    wrong.append("values")
+                for index in folder.glob("*.index*.json"):
+                    if json.loads(index.read_text())["metadata"]["total_parameters"] != parameters:
+                        wrong.append("total_parameters")
+            wrote.append(sorted(path.name for path in folder.iterdir() if "safetensors" in path.name))
+            dist.barrier()
+    return wrote, wrong
+
+
+def test_numbered_files_are_spread_over_ranks_and_stale_ones_removed():
+    found = on_ranks(4, numbered)
+    assert [wrong for _, wrong in found] == [[]] * 4
+    listings = [entry for entry in found[0][0] if isinstance(entry, list)]
+    first, second, third = listings
+    assert first[-1] == "model.safetensors.index.json"
+    assert len(first) > 5
+    assert second == ["model.safetensors"], "files of the earlier save stayed"
+    assert set(second) < set(third), "another variant's files are not ours to remove"
+    for rank, (wrote, _) in enumerate(found):
+        files = wrote[: wrote.index(first)]
+        assert files, f"rank {rank} wrote nothing"
+        assert all(files.count(name) == 1 for name in files)
+        others = [name for other, (theirs, _) in enumerate(found) if other != rank for name in theirs[:1]]
+        assert not set(files) & set(others), "two ranks wrote one file"
+
+
+def disk_full():
+    """An export that runs out of space on rank 1 only: the sentence, and what became of the one before it."""
+    model = wide()
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 1))
+    with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        folder = Path(shared[0])
+        tp_plugin.save_pretrained(engine, folder, max_shard_size="500KB")
+        before = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        steps(engine, [0])
+
+        def write(*args):
+            raise OSError(28, "No space left on device")
+
+        if dist.get_rank() == 1:
+            patch.setattr(os, "pwrite", write)
+        with pytest.raises(tp_plugin.TensorParallelError) as caught:
+            tp_plugin.save_pretrained(engine, folder, max_shard_size="500KB")
+        steps(engine, [1])  # the ranks meet in it
+        after = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        dist.barrier()
+    return str(caught.value), before == after
+
+
+def test_a_full_disk_leaves_the_earlier_export_as_it_was():
+    found = on_ranks(2, disk_full)
+    assert len({sentence for sentence, _ in found}) == 1
+    assert "No space left on device [on rank 1]" in found[0][0]
+    assert all(untouched for _, untouched in found)
+
+
+def one_comes_late():
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        meet("save_pretrained", patience=0.3)
+    return said.getvalue()
+
+
+def test_a_rank_that_waits_says_for_what():
+    first, second = on_ranks(2, one_comes_late)
+    assert "rank 0 waits in save_pretrained" in first
+    assert not second
 
 
 def save_nowhere():

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 from tp_plugin.errors import TensorParallelError
@@ -88,15 +89,32 @@ def check_versions() -> None:
         )
 
 
-def _requirement(name: str) -> Requirement | None:
+def out_of_range(name: str, extra: str) -> str | None:
+    """Why the installed version of a library that only ``extra`` asks for is none we know; None if it is."""
+    requirement, installed = _requirement(name, extra), _version(name)
+    if requirement is None or requirement.specifier.contains(installed, prereleases=True):
+        return None
+    return (
+        f"tp_plugin was not tested with {name} {installed} (supported: {requirement.specifier}); run: pip install "
+        f"'{name}{requirement.specifier}'"
+    )
+
+
+def _requirement(name: str, extra: str | None = None) -> Requirement | None:
     try:
         lines = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return None
     for requirement in map(Requirement, lines):
-        if requirement.name == name and not (requirement.marker and "extra" in str(requirement.marker)):
+        marker = requirement.marker
+        asked = marker is None or "extra" not in str(marker) if extra is None else _is_of(marker, extra)
+        if requirement.name == name and asked:
             return requirement
     return None
+
+
+def _is_of(marker: Marker | None, extra: str) -> bool:
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def _range(name: str) -> str:

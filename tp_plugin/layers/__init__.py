@@ -1,5 +1,6 @@
 """Sharded layers, the regions they form, and the gradients and random numbers that sharding makes partial."""
 
+from tp_plugin.layers.dropout import draw_by_rank, draw_in_common
 from tp_plugin.layers.each_head import EachHead
 from tp_plugin.layers.embedding import VocabParallelEmbedding
 from tp_plugin.layers.enter import count_once, enter_after
@@ -23,6 +24,8 @@ __all__ = [
     "VocabParallelHead",
     "WideRMSNorm",
     "count_once",
+    "draw_by_rank",
+    "draw_in_common",
     "enter_after",
     "set_local",
     "slice_heads",

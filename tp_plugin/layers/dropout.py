@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 _MASK = (1 << 64) - 1
+_STARTED: list[DerivedRandomness] = []
 
 
 class DerivedRandomness:
@@ -46,6 +47,7 @@ class DerivedRandomness:
         generator = default_generator(device)
         seed = _draw(generator)
         self._resume = generator, generator.get_state()
+        _STARTED.append(self)
         generator.manual_seed(_mix(seed + _mix(self.tp_rank + 1)) >> 1)
 
     def stop(self) -> None:
@@ -53,7 +55,47 @@ class DerivedRandomness:
         if self._resume is not None:
             generator, state = self._resume
             self._resume = None
+            _STARTED.remove(self)
             generator.set_state(state)
+
+
+def draw_by_rank(dropout: nn.Module, tp_rank: int) -> None:
+    """Let ``dropout``, which is called with a sharded tensor outside of any region, drop otherwise on every rank."""
+    random = DerivedRandomness(dropout, tp_rank)
+
+    @torch.compiler.disable
+    def start(_dropout: nn.Module, args: tuple) -> None:
+        random.start(args[0].device)
+
+    @torch.compiler.disable
+    def stop(*_: object) -> None:
+        random.stop()
+
+    dropout.register_forward_pre_hook(start)
+    dropout.register_forward_hook(stop, always_call=True)
+
+
+def draw_in_common(dropout: nn.Module) -> None:
+    """Let ``dropout``, which is called inside a region with a replicated tensor, drop the same on all ranks.
+
+    For the length of its forward the default generator goes on in common; the region is then seeded anew.
+    """
+    paused: list[DerivedRandomness] = []
+
+    @torch.compiler.disable
+    def pause(_dropout: nn.Module, _args: tuple) -> None:
+        paused[:] = _STARTED
+        for random in reversed(paused):
+            random.stop()
+
+    @torch.compiler.disable
+    def resume(_dropout: nn.Module, args: tuple, _output: object) -> None:
+        for random in paused:
+            random.start(args[0].device)
+        paused.clear()
+
+    dropout.register_forward_pre_hook(pause)
+    dropout.register_forward_hook(resume, always_call=True)
 
 
 def draws_random_numbers(model: nn.Module) -> bool:

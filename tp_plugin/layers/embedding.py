@@ -34,13 +34,17 @@ class VocabParallelEmbedding(nn.Embedding):
         self.num_embeddings = layout.local_size(mesh.tp_rank)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.tp_lookup(input, self.weight)
+
+    def tp_lookup(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows of a table ``[rows of this rank, n]`` that is cut like this one: ids ``[...]``, output ``[..., n]``."""
         start, stop = self.tp_layout.parts[self.tp_mesh.tp_rank][0]
         vocabulary = self.tp_layout.shape[0]
         _check_ids(input, vocabulary)
         elsewhere = (input < start) | (input >= stop)
         local = (input - start).masked_fill(elsewhere, 0)
         padding = None if self.padding_idx is None or not start <= self.padding_idx < stop else self.padding_idx - start
-        out = F.embedding(local, self.weight, padding)
+        out = F.embedding(local, weight, padding)
         return reduce_from_region(out.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp_mesh.tp_group)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,8 @@ def enter_after(module: nn.Module, mesh: ParallelMesh, tail: int | None = None) 
             attention share); None for all.
     """
 
+    module.tp_enters = mesh, tail  # type: ignore[assignment]
+
     @torch.compiler.disable
     def enter(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
         if tail is None:

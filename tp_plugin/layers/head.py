@@ -30,6 +30,7 @@ class VocabParallelHead(nn.Linear):
         self.tp_mesh, self.tp_layout, self.tp_workspace_bytes = mesh, layout, workspace_bytes
         self.tp_vocab = VocabShard.balanced(layout.shape[0], mesh.tp_group)
         self.tp_inside_model = False
+        self.weight.tp_vocab = self.tp_vocab  # type: ignore[attr-defined]  # for who multiplies by the weight itself
         self.out_features = layout.local_size(mesh.tp_rank)
 
     @torch.compiler.disable

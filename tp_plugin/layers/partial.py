@@ -7,6 +7,8 @@ a gradient hook, which fires before the gradient is accumulated, so ZeRO never r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +28,8 @@ def sum_partial_gradient(param: nn.Parameter, mesh: ParallelMesh) -> None:
         all_reduce_(grad, mesh.tp_group, purpose=PURPOSE)
         return grad
 
-    param.register_hook(total)
+    param.tp_partial_over = mesh  # type: ignore[attr-defined]
+    _on_gradient(param, total)
 
 
 def sum_shared_gradient(param: nn.Parameter, layout: ShardLayout, mesh: ParallelMesh) -> None:
@@ -60,7 +63,17 @@ def sum_shared_gradient(param: nn.Parameter, layout: ShardLayout, mesh: Parallel
             grad.narrow(dim, local, size).copy_(buffer.narrow(dim, at, size))
         return grad
 
-    param.register_hook(total)
+    _on_gradient(param, total)
+
+
+def _on_gradient(param: nn.Parameter, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Hook ``total`` to the gradient of ``param``, once, whether it is trained already or perhaps later."""
+    if getattr(param, "tp_summed", False):
+        return
+    param.tp_summed = True  # type: ignore[attr-defined]
+    trained = param.requires_grad
+    param.requires_grad_(True).register_hook(total)
+    param.requires_grad_(trained)
 
 
 class _AddOnce(torch.autograd.Function):

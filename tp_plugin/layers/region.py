@@ -29,10 +29,14 @@ class Region:
     def __init__(self, mesh: ParallelMesh, parent: nn.Module, *, derive_randomness: bool = True) -> None:
         self.group = mesh.tp_group
         self.random = DerivedRandomness(parent, mesh.tp_rank) if derive_randomness else None
+        self._inside: set[nn.Module] = set()  # columns whose wrapper is under way and has used the door
         self._source: torch.Tensor | None = None
         self._version = 0  # of the source, when it entered
         self._entered: torch.Tensor | None = None  # kept until the row or the block is left: linears save views
         parent.register_forward_hook(self._after_parent, always_call=True)
+
+    def __deepcopy__(self, memo: dict) -> Region:
+        return self  # a copy of a column or a row (PEFT's modules_to_save) goes through the same door
 
     def admit(self, column: nn.Module) -> None:
         """Make this the door of ``column``.
@@ -40,7 +44,28 @@ class Region:
         A pre-hook, and the first one: ZeRO-3 wraps the input in a new tensor for every module, which would hide
         from the siblings that it is the same.
         """
+        column.tp_region = self  # type: ignore[assignment]
         column.register_forward_pre_hook(self._before_column, prepend=True)
+
+    def admit_around(self, wrapper: nn.Module, column: nn.Module) -> None:
+        """Let ``wrapper``, which calls ``column`` with its own input, in by the door, once for both.
+
+        What else it does with its input (a LoRA A) is inside then. ``column`` keeps its door, for whoever calls it
+        without the wrapper later on.
+        """
+
+        @torch.compiler.disable
+        def enter(_wrapper: nn.Module, args: tuple) -> tuple:
+            found = self._before_column(column, args)
+            self._inside.add(column)
+            return found or args
+
+        @torch.compiler.disable
+        def leave(*_: object) -> None:
+            self._inside.discard(column)
+
+        wrapper.register_forward_pre_hook(enter, prepend=True)
+        wrapper.register_forward_hook(leave, always_call=True)
 
     def admit_experts(self, experts: nn.Module) -> None:
         """Make this the door of ``experts``, which are called with hidden states and routing weights.
@@ -55,7 +80,9 @@ class Region:
         row.register_forward_pre_hook(self._before_row, prepend=True)
 
     @torch.compiler.disable
-    def _before_column(self, _column: nn.Module, args: tuple) -> tuple:
+    def _before_column(self, column: nn.Module, args: tuple) -> tuple | None:
+        if column in self._inside:
+            return None
         if self.random is not None:
             self.random.start(args[0].device)
         return (self._enter(args[0]), *args[1:])

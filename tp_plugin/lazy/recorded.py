@@ -209,7 +209,13 @@ def _negate(func, logits, args, kwargs):
 
 @answers(Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
 def _add_row(func, logits, args, kwargs):
-    """A constant for each word, as BART adds: part of the head's bias from then on, with no gradient of its own."""
+    """A constant for each word, as BART adds: part of the head's bias from then on, with no gradient of its own.
+
+    Or other lazy logits, as a LoRA of the head adds.
+    """
+    if len(args) == 1 and not kwargs and isinstance(args[0], VocabParallelLogits) and args[0]._full is None:
+        found = nodes.added(logits, args[0])
+        return NotImplemented if found is None else found
     row, recipe = args[0] if len(args) == 1 else None, logits._recipe
     if kwargs or type(row) is not Tensor or row.requires_grad or not recipe.transform.identity or recipe.normalised:
         return NotImplemented

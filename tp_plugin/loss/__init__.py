@@ -1,6 +1,7 @@
 """Vocabulary-parallel losses: fused with the head, or of logits that exist already, and their plain reference."""
 
 from tp_plugin.loss.functional import linear_cross_entropy
+from tp_plugin.loss.logprobs import Logprobs, linear_logprobs
 from tp_plugin.loss.reference import Stats, reference_cross_entropy
 from tp_plugin.loss.shards import (
     TopK,
@@ -15,6 +16,7 @@ from tp_plugin.loss.shards import (
 from tp_plugin.loss.vocab import VocabShard
 
 __all__ = [
+    "Logprobs",
     "Stats",
     "TopK",
     "VocabShard",
@@ -22,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "entropy",
     "linear_cross_entropy",
+    "linear_logprobs",
     "logprobs_of",
     "parallel_log_softmax",
     "parallel_softmax",

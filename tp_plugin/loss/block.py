@@ -17,6 +17,7 @@ import torch
 from tp_plugin.loss.parts import Head, Transform
 
 NOTHING = float("-inf")
+_OPTIONAL = ("logit_sum", "entropy", "square_sum", "top_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +28,35 @@ class Asked:
         logit_sum: the sum of all logits, for label smoothing.
         entropy: the entropy of the softmax.
         gradient: ``gradient_`` will be called afterwards.
+        square_sum: the sum of the squared exponentials.
+        top_id: the id of the largest logit, of several equal ones the lowest.
     """
 
     logit_sum: bool = False
     entropy: bool = False
     gradient: bool = True
+    square_sum: bool = False
+    top_id: bool = False
 
     @property
-    def width(self) -> int:
-        """Numbers a row."""
-        return 3 + self.logit_sum + self.entropy
+    def names(self) -> tuple[str, ...]:
+        """What a row's numbers are, in order."""
+        return ("top", "sum", "target", *(name for name in _OPTIONAL if getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStats:
-    """Statistics of whole rows, every rank's part merged; each [c] or None where not asked for."""
+    """Statistics of whole rows, every rank's part merged; each [c] or None where not asked for.
+
+    ``log_square_sum`` is that of the squared probabilities; ``top_id`` a global id, in the dtype of the rest.
+    """
 
     log_z: torch.Tensor
     target: torch.Tensor
     logit_sum: torch.Tensor | None
     entropy: torch.Tensor | None
+    log_square_sum: torch.Tensor | None
+    top_id: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Block(Protocol):
     """One block of logits; the two implementations are :class:`TorchBlock` and the Triton kernels."""
 
     def statistics(self) -> torch.Tensor:
-        """This rank's ``[asked.width, c]`` to be gathered and merged by :func:`merge`."""
+        """This rank's ``[len(asked.names), c]`` to be gathered and merged by :func:`merge`."""
 
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
         """[c, b] gradient of the raw products up to ``transform.slope``, in the dtype of the hidden states.
@@ -108,7 +118,7 @@ class TorchBlock:
     ) -> None:
         self.dtype, self.asked = dtype, asked
         local, columns = labels - start, logits.shape[1]
-        self.mine = valid & (local >= 0) & (local < columns)
+        self.start, self.mine = start, valid & (local >= 0) & (local < columns)
         self.target = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
         self.bend = transform.bend_(logits.clone()) if transform.tanh and asked.gradient else None
         self.logits: torch.Tensor | None = logits
@@ -139,17 +149,24 @@ class TorchBlock:
     def statistics(self) -> torch.Tensor:
         logits = self.logits
         assert logits is not None
+        best: list[torch.Tensor] = []
         if logits.shape[1]:
-            top = logits.amax(1)
+            if self.asked.top_id:
+                top, first = logits.max(1)
+                best = [first.add_(self.start).to(logits.dtype)]
+            else:
+                top = logits.amax(1)
             hit = torch.where(self.mine, logits.gather(1, self.target).squeeze(1), 0.0)
         else:
             top = logits.new_full((logits.shape[0],), NOTHING)
             hit = torch.zeros_like(top)
+            best = [hit] if self.asked.top_id else []
         logit_sum = [logits.sum(1)] if self.asked.logit_sum else []
         # a shard of nothing but -inf (masked words) has the maximum -inf, and -inf - -inf is no number
         exps = self._exponentials(torch.where(top == NOTHING, 0.0, top))
         spread = [-torch.special.entr(exps).sum(1)] if self.asked.entropy else []
-        return torch.stack([top, exps.sum(1), hit, *logit_sum, *spread])
+        squares = [torch.linalg.vector_norm(exps, dim=1).square_()] if self.asked.square_sum else []
+        return torch.stack([top, exps.sum(1), hit, *logit_sum, *spread, *squares, *best])
 
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
         d = self._exponentials(log_z) if self.logits is not None else self.exps
@@ -172,13 +189,20 @@ class TorchBlock:
 
 
 def merge(parts: torch.Tensor, asked: Asked) -> RowStats:
-    """Whole rows from every rank's ``[ranks, asked.width, c]``."""
-    tops, sums, target = parts[:, 0], parts[:, 1], parts[:, 2].sum(0)
+    """Whole rows from every rank's ``[ranks, len(asked.names), c]``."""
+    given = dict(zip(asked.names, parts.unbind(1), strict=True))
+    tops, sums, target = given["top"], given["sum"], given["target"].sum(0)
     top = tops.amax(0)
     factors = torch.where(tops == NOTHING, 0.0, (tops - top).exp())
     total = (sums * factors).sum(0)
-    entropy = None
+    entropy = logit_sum = log_square_sum = top_id = None
     if asked.entropy:  # sum of e (x - top) over all ranks, each rank's being relative to its own maximum
         apart = torch.where(tops == NOTHING, 0.0, tops - top)
-        entropy = total.log() - (factors * (parts[:, -1] + apart * sums)).sum(0) / total
-    return RowStats(top + total.log(), target, parts[:, 3].sum(0) if asked.logit_sum else None, entropy)
+        entropy = total.log() - (factors * (given["entropy"] + apart * sums)).sum(0) / total
+    if asked.logit_sum:
+        logit_sum = given["logit_sum"].sum(0)
+    if asked.square_sum:
+        log_square_sum = (factors.square() * given["square_sum"]).sum(0).log() - 2 * total.log()
+    if asked.top_id:  # of the first rank that holds the maximum
+        top_id = given["top_id"].gather(0, tops.argmax(0, keepdim=True)).squeeze(0)
+    return RowStats(top + total.log(), target, logit_sum, entropy, log_square_sum, top_id)

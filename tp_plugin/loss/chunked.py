@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +65,7 @@ def rows_per_chunk(job: Job, asked: Asked) -> int:
 
 @outside_autocast
 def scalar_loss(
-    job: Job, wanted: Wanted | None, entropy: bool = False
+    job: Job, wanted: Wanted | None, more: Sequence[str] = ()
 ) -> tuple[torch.Tensor, HeadGrads | None, TokenStats]:
     """Mean or sum of the cross entropy, and its gradients for an upstream gradient of 1. A collective call.
 
@@ -73,17 +73,17 @@ def scalar_loss(
         job: its ``options.reduction`` is ``"mean"`` or ``"sum"``. The mean over no valid label is nan, with zero
             gradients, as in torch.
         wanted: which gradients; None or nothing wanted computes the statistics only.
-        entropy: whether the statistics include it.
+        more: which of ``job.MORE`` the statistics include.
 
     Returns:
         The loss, 0-dim in ``head.wide``; the gradients as unnormalised sums with their scale beside them, or None;
         and the statistics.
     """
     head, (weights, largest) = job.head, _normalised(job)
-    asked = Asked(job.options.label_smoothing > 0, entropy, bool(wanted))
+    asked = _asked(job, more, bool(wanted))
     single = rows_per_chunk(job, asked) >= head.hidden.shape[0]
     sums = RowSums(head, wanted, single, job.spare) if wanted else None
-    found = _Collected(job, entropy)
+    found = _Collected(job, more)
     for rows, block, stats in _passes(job, asked):
         found.put(rows, stats)
         if sums is not None:
@@ -99,10 +99,10 @@ def scalar_loss(
 
 
 @outside_autocast
-def token_stats(job: Job, entropy: bool = False) -> TokenStats:
-    """The cross entropy and the statistics of every row. A collective call."""
-    asked = Asked(job.options.label_smoothing > 0, entropy, gradient=False)
-    found = _Collected(job, entropy)
+def token_stats(job: Job, more: Sequence[str] = ()) -> TokenStats:
+    """The cross entropy and the statistics of every row, with those of ``job.MORE`` named. A collective call."""
+    asked = _asked(job, more, gradient=False)
+    found = _Collected(job, more)
     for rows, block, stats in _passes(job, asked):
         del block  # before the next one is made
         found.put(rows, stats)
@@ -144,6 +144,16 @@ def token_grads(
     return sums.finish(largest * head.transform.slope)
 
 
+def _asked(job: Job, more: Sequence[str], gradient: bool) -> Asked:
+    return Asked(
+        logit_sum=job.options.label_smoothing > 0 or "mean_logit" in more,
+        entropy="entropy" in more,
+        gradient=gradient,
+        square_sum="log_square_sum" in more,
+        top_id="top_id" in more,
+    )
+
+
 def _normalised(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """The token weights with largest magnitude 1, and that magnitude, 0-dim: half precision may not hold it."""
     if job.token_weights is None or not job.weights.numel():
@@ -175,21 +185,23 @@ def _passes(job: Job, asked: Asked) -> Iterator[tuple[slice, Block, RowStats]]:
 class _Collected:
     """TokenStats being filled in."""
 
-    def __init__(self, job: Job, entropy: bool) -> None:
+    def __init__(self, job: Job, more: Sequence[str]) -> None:
         self.job = job
+        names = ("losses", "logprobs", "log_z", *more)
         # each a tensor of its own: views of one could not be changed in place by whoever gets them
-        zeros = [
-            torch.zeros(job.labels.shape, dtype=job.head.wide, device=job.labels.device) for _ in range(3 + entropy)
-        ]
-        self.stats = TokenStats(zeros[0], zeros[1], zeros[2], zeros[3] if entropy else None)
+        shape, wide, device = job.labels.shape, job.head.wide, job.labels.device
+        self.stats = TokenStats(**{name: torch.zeros(shape, dtype=wide, device=device) for name in names})
 
     def put(self, rows: slice, stats: RowStats) -> None:
-        valid = self.job.valid[rows]
-        self.stats.losses[rows] = torch.where(valid, self.job.losses(stats), 0.0)
-        self.stats.logprobs[rows] = torch.where(valid, stats.target - stats.log_z, 0.0)
-        self.stats.log_z[rows] = stats.log_z
-        if self.stats.entropy is not None and stats.entropy is not None:
-            self.stats.entropy[rows] = stats.entropy
+        valid, all_rows = self.job.valid[rows], self.stats
+        all_rows.losses[rows] = torch.where(valid, self.job.losses(stats), 0.0)
+        all_rows.logprobs[rows] = torch.where(valid, stats.target - stats.log_z, 0.0)
+        all_rows.log_z[rows] = stats.log_z
+        if all_rows.mean_logit is not None and stats.logit_sum is not None:
+            all_rows.mean_logit[rows] = stats.logit_sum / self.job.head.vocab.size
+        for name in ("entropy", "log_square_sum", "top_id"):
+            if getattr(all_rows, name) is not None:
+                getattr(all_rows, name)[rows] = getattr(stats, name)
 
 
 def _combined(

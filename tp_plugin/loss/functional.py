@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -177,7 +178,8 @@ class _Fused(torch.autograd.Function):
         job = Job(head, labels, options, token_weights, workspace_bytes, block)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         wanted = Wanted(*ctx.needs_input_grad[:3]) if recording else Wanted(False, False, False)
-        loss, stats = run(ctx, job, wanted, stats=return_stats, recompute=recompute)
+        more = ("entropy",) if return_stats else ()
+        loss, stats = run(ctx, job, wanted, stats=return_stats, more=more, recompute=recompute)
         return (loss, stats.logprobs, stats.entropy, stats.log_z) if return_stats else (loss,)
 
     @staticmethod
@@ -192,22 +194,23 @@ class _Fused(torch.autograd.Function):
 
 
 def run(
-    ctx: Any, job: Job, wanted: Wanted, *, stats: bool = False, recompute: bool = False
+    ctx: Any, job: Job, wanted: Wanted, *, stats: bool = False, more: Sequence[str] = (), recompute: bool = False
 ) -> tuple[torch.Tensor, TokenStats]:
     """The forward of an autograd node over ``job``; what :func:`restore` needs is kept in ``ctx``.
 
     Args:
         ctx: of the node.
         wanted: which gradients the backward will be asked for.
-        stats: whether the entropy is among the statistics, and the statistics of a scalar loss have gradients.
+        stats: whether the statistics of a scalar loss have gradients.
+        more: which of ``job.MORE`` are among the statistics.
         recompute: keep no gradients of a scalar loss, but what they are computed from.
     """
     scalar, head = job.options.reduction != "none", job.head
     ctx.direct = scalar and bool(wanted) and not recompute
     if scalar:
-        loss, grads, found = chunked.scalar_loss(job, wanted if ctx.direct else None, stats)
+        loss, grads, found = chunked.scalar_loss(job, wanted if ctx.direct else None, more)
     else:
-        grads, found = None, chunked.token_stats(job, stats)
+        grads, found = None, chunked.token_stats(job, more)
         loss = found.losses if job.token_weights is None else found.losses * job.weights
     made = (None,) * 4 if grads is None else (grads.hidden, grads.weight, grads.bias, grads.scale)
     again: tuple = (None,) * 7

@@ -64,7 +64,7 @@ class Job:
         """[c] unweighted losses of rows, not yet 0 where ignored."""
         smoothing, z = self.options.label_smoothing, self.options.z_loss
         loss = stats.log_z - (1 - smoothing) * stats.target
-        if stats.logit_sum is not None:
+        if smoothing and stats.logit_sum is not None:
             loss = loss - stats.logit_sum * (smoothing / self.head.vocab.size)
         return loss + z * stats.log_z.square() if z else loss
 
@@ -86,13 +86,23 @@ class TokenStats:
         losses: unweighted, 0 where ignored.
         logprobs: log-probability of the label, 0 where ignored.
         log_z: logarithm of the softmax's normaliser.
-        entropy: of the softmax; None where not asked for.
+        entropy: of the softmax; None, as all that follow, where not asked for.
+        mean_logit: over the vocabulary.
+        log_square_sum: logarithm of the sum of the squared probabilities.
+        top_id: the word with the largest logit, of several equal ones the lowest.
     """
 
     losses: torch.Tensor
     logprobs: torch.Tensor
     log_z: torch.Tensor
-    entropy: torch.Tensor | None
+    entropy: torch.Tensor | None = None
+    mean_logit: torch.Tensor | None = None
+    log_square_sum: torch.Tensor | None = None
+    top_id: torch.Tensor | None = None
+
+
+MORE = ("entropy", "mean_logit", "log_square_sum", "top_id")
+"""Statistics of a token that are collected when asked for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,19 +38,24 @@ def _logits(row_ptr, bias_ptr, columns, mask, inner, outer, HAS_BIAS: tl.constex
 @triton.jit
 def statistics_kernel(
     products_ptr, bias_ptr, labels_ptr, transform_ptr, out_ptr, row_stride, rows, width, start,
-    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, LOGIT_SUM: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, LOGIT_SUM: tl.constexpr, ENTROPY: tl.constexpr,
+    SQUARE_SUM: tl.constexpr, TOP_ID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: maximum, sum of exponentials, target logit[, sum of logits][, sum of e * log e]; [k, rows]."""
+    """Of each row: maximum, sum of exponentials, target logit[, sum of logits][, sum of e * log e][, sum of e * e]
+    [, column of the first maximum]; [k, rows]."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = products_ptr + row * row_stride
     inner, outer = tl.load(transform_ptr), tl.load(transform_ptr + 1)
     local = tl.load(labels_ptr + row) - start
     top = float("-inf")
-    total, hit, plain, spread = 0.0, 0.0, 0.0, 0.0
+    total, hit, plain, spread, squares, best = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
         mask = columns < width
         x, _ = _logits(row_ptr, bias_ptr, columns, mask, inner, outer, HAS_BIAS, TANH)
+        if TOP_ID:
+            here, at = tl.max(x, 0, return_indices=True)
+            best = tl.where(here > top, (offset + at).to(tl.float32), best)
         highest = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         apart = tl.where(top == float("-inf"), 0.0, top - shift)
@@ -59,6 +64,8 @@ def statistics_kernel(
         if ENTROPY:
             logs = tl.where(e > 0.0, x - shift, 0.0)
             spread = fade * (spread + apart * total) + tl.sum(e * logs, 0)
+        if SQUARE_SUM:
+            squares = squares * fade * fade + tl.sum(e * e, 0)
         total = total * fade + tl.sum(e, 0)
         hit += tl.sum(tl.where(mask & (columns == local), x, 0.0), 0)
         if LOGIT_SUM:
@@ -71,6 +78,10 @@ def statistics_kernel(
         tl.store(out_ptr + 3 * rows + row, plain)
     if ENTROPY:
         tl.store(out_ptr + (3 + LOGIT_SUM) * rows + row, spread)
+    if SQUARE_SUM:
+        tl.store(out_ptr + (3 + LOGIT_SUM + ENTROPY) * rows + row, squares)
+    if TOP_ID:
+        tl.store(out_ptr + (3 + LOGIT_SUM + ENTROPY + SQUARE_SUM) * rows + row, best)
 
 
 @triton.jit
@@ -139,7 +150,7 @@ class TritonBlock:
 
     def statistics(self) -> torch.Tensor:
         rows, width = self.products.shape
-        out = torch.empty(self.asked.width, rows, dtype=torch.float32, device=self.products.device)
+        out = torch.empty(len(self.asked.names), rows, dtype=torch.float32, device=self.products.device)
         labels = torch.where(self.valid, self.labels, -1)  # below every shard's words
         if not width:
             out.zero_()[0] = NOTHING
@@ -148,8 +159,11 @@ class TritonBlock:
                 statistics_kernel[(rows,)](
                     self.products, _or(self.bias, out), labels, self.transform, out, self.products.stride(0), rows,
                     width, self.start, HAS_BIAS=self.bias is not None, TANH=self.tanh, LOGIT_SUM=self.asked.logit_sum,
-                    ENTROPY=self.asked.entropy, **self._launch(),
+                    ENTROPY=self.asked.entropy, SQUARE_SUM=self.asked.square_sum, TOP_ID=self.asked.top_id,
+                    **self._launch(),
                 )  # fmt: skip
+            if self.asked.top_id:
+                out[-1] += self.start
         return out
 
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:

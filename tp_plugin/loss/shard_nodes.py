@@ -25,7 +25,7 @@ class Rows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.vocab, ctx.asked = vocab, Asked(logit_sum=with_mean, entropy=True)
         flat, y, counted = as_rows(logits.detach()), labels.reshape(-1), valid.reshape(-1)
-        own = torch.empty(ctx.asked.width, flat.shape[0], dtype=wide_of(logits.dtype), device=logits.device)
+        own = torch.empty(len(ctx.asked.names), flat.shape[0], dtype=wide_of(logits.dtype), device=logits.device)
         for rows in _slices(flat):
             own[:, rows] = _block(flat[rows], y[rows], counted[rows], vocab, ctx.asked).statistics()
         stats = merge(start_all_gather(own, vocab.group, purpose=PURPOSE)(), ctx.asked)
@@ -60,7 +60,7 @@ class Softmax(torch.autograd.Function):
         ctx.vocab, ctx.logarithm = vocab, logarithm
         flat = as_rows(logits.detach())
         nobody, asked = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device), Asked()
-        own = torch.empty(asked.width, flat.shape[0], dtype=wide_of(flat.dtype), device=flat.device)
+        own = torch.empty(len(asked.names), flat.shape[0], dtype=wide_of(flat.dtype), device=flat.device)
         for rows in _slices(flat):
             own[:, rows] = _block(flat[rows], nobody[rows], nobody[rows] > 0, vocab, asked).statistics()
         log_z = merge(start_all_gather(own, vocab.group, purpose=PURPOSE)(), asked).log_z.unsqueeze(1)

@@ -7,6 +7,7 @@ an error. DDP users are used to being saved from that; so are ours.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -45,11 +46,13 @@ def comm_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu")
 
 
-@torch.no_grad()
-def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
+def make_equal(model: nn.Module, mesh: ParallelMesh, *, leaving: Collection[str] = ()) -> list[str]:
     """Give every rank of the TP group the parameters and buffers of its rank 0. Collective over the world.
 
     Costs a hash of the model and one small all-gather where they are equal already; only what differs is sent.
+
+    Args:
+        leaving: names of tensors to leave alone, because they are shards.
 
     Returns:
         names of the tensors that differed.
@@ -58,17 +61,17 @@ def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
         TensorParallelError: the models differ in more than values (names, shapes, dtypes, what is trained).
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return equalise({name: tensor for name, tensor in tensors.items() if name not in leaving}, mesh)
+
+
+@torch.no_grad()
+def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[str]:
+    """The same for tensors by name."""
     if mesh.tp_group is None:
         return []
-    shape = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors.items()]
-    # over the world: data-parallel ranks are made equal by DeepSpeed, which would hang on other shapes
-    shapes: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(shapes, hashlib.sha256(str(shape).encode()).digest())
-    if any(other != shapes[0] for other in shapes):
-        raise TensorParallelError(
-            "the ranks built different models (names, shapes, dtypes or requires_grad of their parameters); build the "
-            "same model on every rank."
-        )
+    require_alike(tensors)
+    if not tensors:
+        return []
     device = comm_device(mesh.tp_group)
     prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
     everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")
@@ -79,3 +82,18 @@ def make_equal(model: nn.Module, mesh: ParallelMesh) -> list[str]:
         broadcast_(value, mesh.tp_group, purpose="equal parameters")
         tensors[name].data.copy_(value)
     return names
+
+
+def require_alike(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise TensorParallelError on every rank unless names, shapes, dtypes and requires_grad are the same on all.
+
+    Over the world: data-parallel ranks are made equal by DeepSpeed, which would hang on other shapes.
+    """
+    shape = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in tensors.items()]
+    shapes: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, hashlib.sha256(str(shape).encode()).digest())
+    if any(other != shapes[0] for other in shapes):
+        raise TensorParallelError(
+            "the ranks built different models (names, shapes, dtypes or requires_grad of their parameters); build the "
+            "same model on every rank."
+        )

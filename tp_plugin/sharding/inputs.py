@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from tp_plugin.sharding.equal import comm_device, fingerprint
 PURPOSE = "batch check"
 
 
+ATTRIBUTE = "tp_inputs"
+
+
 class InputGuard:
     """A forward pre-hook of the sharded model: compares, or hands out, the batch of a TP group.
 
@@ -33,10 +37,15 @@ class InputGuard:
         self.broadcast = config.broadcast_batch
         self.forwards = {True: 0, False: 0}  # training or not -> forwards so far
         self.in_step = False  # whether the generators have been brought in step
+        self.paused = False  # during forwards that are nobody's but ours
+        self.then: list[Callable[[nn.Module, tuple, dict[str, Any]], None]] = []  # called with inputs known to be alike
+        model.__dict__[ATTRIBUTE] = self
         model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.paused:
+            return args, kwargs
         count = self.forwards[model.training]
         self.forwards[model.training] += 1
         if self.broadcast:
@@ -45,10 +54,13 @@ class InputGuard:
             self.in_step = True
             bring_in_step(model, self.mesh)
         if self.every and count % self.every == 0:
-            self._compare(model, args, kwargs)
+            self.compare(model, args, kwargs)
+        for follow in self.then:
+            follow(model, args, kwargs)
         return args, kwargs
 
-    def _compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise TensorParallelError unless the TP group has these inputs alike; see the class."""
         device = comm_device(self.mesh.tp_group)
         content, description = prints_of((args, kwargs), device)
         mine = torch.stack([content, description, _generators_print(model).to(device)])

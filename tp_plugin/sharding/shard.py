@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import nn
 
@@ -24,7 +26,6 @@ from tp_plugin.layers import (
     slice_heads,
     sum_at_exit,
     sum_partial_gradient,
-    sum_shared_gradient,
 )
 from tp_plugin.layout import ShardLayout
 from tp_plugin.lazy import materialise_outputs
@@ -33,8 +34,11 @@ from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
 from tp_plugin.plans.experts import check_implementation
+from tp_plugin.sharding import adapters
+from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
 
 _CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
@@ -71,92 +75,167 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             "build it anew."
         )
         return known
-    plan, error = None, obstacle(model)
+    plan = planned(model, config, mesh)
+    equalised = make_equal(model, mesh)
+    shapes = {name: tuple(param.shape) for name, param in adapters.bare_of(model).named_parameters()}
+    with adapters.taken_out(model) as (bare, twins):
+        for param, layout in _layouts(plan, _finder(bare, twins)):
+            cut(param, layout, mesh)
+    return install(model, plan, config, mesh, shapes, equalised)
+
+
+def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False) -> Plan:
+    """The plan of ``model``, once no rank finds anything that speaks against it; a collective call, nothing is touched.
+
+    Args:
+        unread: the parameters need not be there yet (on ``meta``, in a checkpoint).
+
+    Raises:
+        TensorParallelError: on every rank together.
+    """
+    plan, error = None, obstacle(model, unread=unread)
     if error is None:
         try:
-            plan = plan_for(model, mesh.tp_size, config.plan, inferring=config.infer != "off")
+            plan = _plan(model, config, mesh)
         except TensorParallelError as refused:
             error = str(refused)
     agree(error)
     assert plan is not None
-    equalised = make_equal(model, mesh)
-    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in model.modules()) - len(plan.names(p.VOCAB_HEAD))
-    layouts = _cut(model, plan, mesh)
-    _swap(model, plan, mesh, config)
-    _sum_partial(model, plan, mesh)
-    _guard(model, mesh, config)
-    if plan.regions:
-        _guard_attentions(model)
-    if plan.mixtures:
-        _guard_experts(model)
-    sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
-    record = Sharding(plan, mesh, config, layouts, shapes, (sharded, linears), tuple(equalised))
-    setattr(model, ATTRIBUTE, record)
+    return plan
+
+
+def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Plan:
+    with adapters.taken_out(model) as (bare, _):
+        plan = plan_for(bare, mesh.tp_size, config.plan, inferring=config.infer != "off")
+    library = adapters.of(model)
+    objection = None if library is None else library.objection(bare, plan)
+    if objection:
+        raise TensorParallelError(objection)
+    return plan
+
+
+def install(
+    model: nn.Module,
+    plan: Plan,
+    config: TensorParallelConfig,
+    mesh: ParallelMesh,
+    shapes: Mapping[str, tuple[int, ...]],
+    equalised: Sequence[str] = (),
+) -> Sharding:
+    """Classes, hooks and the record of a model whose sharded parameters are this rank's shards already.
+
+    Args:
+        shapes: full shape of every parameter of the bare model, each tied one once.
+        equalised: names of tensors that differed between the ranks and were taken from one.
+    """
+    with remembering(model):
+        with adapters.taken_out(model) as (bare, twins):
+            find = _finder(bare, twins)
+            linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in bare.modules())
+            for param, layout in _layouts(plan, find):
+                adapters.note(param, layout, mesh)
+            _swap(bare, plan, find, mesh, config)
+            _sum_partial(plan, find, mesh)
+        library = adapters.of(model)
+        if library is not None:
+            library.lay(bare, mesh)
+        _guard(bare, mesh, config)
+        if plan.regions:
+            _guard_attentions(bare)
+        if plan.mixtures:
+            _guard_experts(bare)
+        sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
+        counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
+        record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
+        setattr(bare, ATTRIBUTE, record)
     return record
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """Why this model, as it is now, cannot be sharded; None if it can."""
+def layouts_by_name(model: nn.Module, plan: Plan) -> dict[str, ShardLayout]:
+    """How each parameter that ``plan`` cuts lies, by every name it has."""
+    found = {id(param): layout for param, layout in _layouts(plan, _finder(model, ()))}
+    tensors = model.named_parameters(remove_duplicate=False)
+    return {name: found[id(param)] for name, param in tensors if id(param) in found}
+
+
+def obstacle(model: nn.Module, *, unread: bool = False) -> str | None:
+    """Why this model, as it is now, cannot be sharded; None if it can. ``unread``: its parameters are read later."""
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):
             return (
                 "the model was built under DeepSpeed's zero.Init, its parameters are partitioned over the wrong group; "
-                "set zero3_init_flag: false in the accelerate config (or build the model before TrainingArguments)."
+                "call tp_plugin.register() before it is loaded (python -m tp_plugin.run does), or build it outside of "
+                "deepspeed.zero.Init."
             )
-        if param.is_meta:
+        if param.is_meta and not unread:
             return f"parameter {name!r} is on the meta device; load the weights before sharding."
         if param.grad is not None:
             return f"parameter {name!r} has a gradient already; shard before the first backward."
+    library = adapters.of(model)
+    if library is not None and (objection := library.obstacle(model)):
+        return objection
     for name, module in model.named_modules():
-        if hasattr(module, "peft_config") or isinstance(getattr(module, "base_layer", None), nn.Module):
+        if library is None and (
+            hasattr(module, "peft_config") or isinstance(getattr(module, "base_layer", None), nn.Module)
+        ):
             return (
-                f"{name or 'the model'} carries an adapter (PEFT), which tensor parallelism does not support yet; "
-                "train the full model or use tp_size 1."
+                f"{name or 'the model'} carries an adapter that tp_plugin does not know; call tp_plugin.register() "
+                "first, or train the full model."
             )
         if type(module).__name__ == "OptimizedModule":
             return "the model is compiled already; compile it after sharding (or let the Trainer do it)."
     return None
 
 
-@torch.no_grad()
-def _cut(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> dict[str, ShardLayout]:
-    """Replace the data of every sharded parameter by this rank's shard; tied parameters once."""
-    cut: dict[int, ShardLayout] = {}
+def layouts_of(model: nn.Module) -> dict[str, ShardLayout]:
+    """How the sharded parameters of ``model`` lie, under every name they have."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: param.tp_layout for name, param in named if hasattr(param, "tp_layout")}
+
+
+Finder = Callable[[str], list[nn.Module]]
+
+
+def _finder(bare: nn.Module, twins: adapters.Twins) -> Finder:
+    """Name -> the module of that name, and its twins."""
+
+    def find(name: str) -> list[nn.Module]:
+        return [bare.get_submodule(name), *(twin for of, twin in twins if of == name)]
+
+    return find
+
+
+def _layouts(plan: Plan, find: Finder) -> list[tuple[nn.Parameter, ShardLayout]]:
+    """Every parameter that is cut, once, and how; of a tied one, the first that speaks of it counts."""
+    found: dict[int, tuple[nn.Parameter, ShardLayout]] = {}
     for name, placement in plan.placements.items():
-        module = model.get_submodule(name)
-        for leaf, layout in placement.layouts.items():
-            param = getattr(module, leaf)
-            if id(param) in cut:
-                continue
-            cut[id(param)] = layout
-            shard = layout.shard(param.data, mesh.tp_rank)
-            param.data = shard.clone() if shard.data_ptr() == param.data.data_ptr() else shard
-            param.tp_layout = layout
-            # Megatron's flag, which DeepSpeed's gradient norm asks: this rank counts the parameter. Rank 0 always
-            # counts, so a replica's owner is the lowest rank that holds it.
-            param.tensor_model_parallel = not layout.owns_none(mesh.tp_rank)
-    return {name: cut[id(param)] for name, param in model.named_parameters(remove_duplicate=False) if id(param) in cut}
+        for module in find(name):
+            for leaf, layout in placement.layouts.items():
+                param = getattr(module, leaf)
+                found.setdefault(id(param), (param, layout))
+    return list(found.values())
 
 
-def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
+def _swap(model: nn.Module, plan: Plan, find: Finder, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
     partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
     for name, placement in plan.placements.items():
-        module = model.get_submodule(name)
-        if placement.style in (p.ENTER, p.LATENT):
-            enter_after(module, mesh, placement.tail)
-        if placement.style == p.FIRST:
-            count_once(module, mesh)
-        if placement.style not in _CLASS_OF_STYLE:
-            continue
-        module.__class__ = _class_for(module, placement)
-        _set_up(module, placement, mesh, config, partial=name in partial)
+        for module in find(name):
+            if placement.style in (p.ENTER, p.LATENT):
+                enter_after(module, mesh, placement.tail)
+            if placement.style == p.FIRST:
+                count_once(module, mesh)
+            if placement.style not in _CLASS_OF_STYLE:
+                continue
+            module.__class__ = _class_for(module, placement)
+            _set_up(module, placement, mesh, config, partial=name in partial)
     for region in plan.regions:
         block = model.get_submodule(region.block)
         door = Region(mesh, block)
         for name in region.columns:
-            door.admit(model.get_submodule(name))
-        door.release(model.get_submodule(region.row))
+            for column in find(name):
+                door.admit(column)
+        for row in find(region.row):
+            door.release(row)
         for one in region.locals:
             set_local(model.get_submodule(one.module), one.attribute, one.values[mesh.tp_rank])
         for given in region.inputs:
@@ -166,7 +245,8 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         door = Region(mesh, block, derive_randomness=False)
         door.admit_experts(model.get_submodule(mixture.experts))
         for name in mixture.shared:
-            door.admit(model.get_submodule(name))
+            for shared in find(name):
+                door.admit(shared)
         if mixture.summed:
             sum_at_exit(block, mesh)
     blocks: dict[str, Region] = {}
@@ -174,7 +254,8 @@ def _swap(model: nn.Module, plan: Plan, mesh: ParallelMesh, config: TensorParall
         parent = name.rpartition(".")[0]
         if parent not in blocks:  # the output is joined at once: nothing in the block is sharded, nor its dropout
             blocks[parent] = Region(mesh, model.get_submodule(parent), derive_randomness=False)
-        blocks[parent].admit(model.get_submodule(name))
+        for column in find(name):
+            blocks[parent].admit(column)
 
 
 def _set_up(
@@ -220,23 +301,17 @@ def _class_for(module: nn.Module, placement: Placement) -> type:
     return _MADE[key]
 
 
-def _sum_partial(model: nn.Module, plan: Plan, mesh: ParallelMesh) -> None:
-    seen: set[int] = set()
-    for name, placement in plan.placements.items():
-        for leaf, param in model.get_submodule(name).named_parameters(recurse=False):
-            if id(param) in seen or not param.requires_grad:
-                continue
-            seen.add(id(param))
-            layout = placement.layouts.get(leaf)
-            if placement.style == p.PARTIAL:
+def _sum_partial(plan: Plan, find: Finder, mesh: ParallelMesh) -> None:
+    for name in plan.names(p.PARTIAL):
+        for module in find(name):
+            for param in module.parameters(recurse=False):
                 sum_partial_gradient(param, mesh)
-            elif layout is not None and layout.shared_intervals():
-                sum_shared_gradient(param, layout, mesh)
 
 
 def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
     """Hooks on the whole model: inputs compared, logits whole at the exit of a no_grad forward, no late resizing."""
     heads = [module for module in model.modules() if isinstance(module, VocabParallelHead)]
+    model.tp_heads = heads  # type: ignore[assignment]
     InputGuard(model, mesh, config)
 
     @torch.compiler.disable

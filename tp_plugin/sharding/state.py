@@ -24,7 +24,8 @@ class Sharding:
     """The record that a sharded model carries.
 
     Attributes:
-        layouts: parameter name -> how it lies on the ranks; names that are missing are replicated.
+        layouts: parameter name -> how it lies on the ranks; names that are missing are replicated. Names are those in
+            the model that carries this, which may lie inside a ``PeftModel``.
         shapes: full shape of every parameter, by name, each tied parameter once.
         linears: how many linear layers are sharded, of how many (the head not counted).
         equalised: names of tensors that differed between the ranks of a TP group and were taken from its rank 0.
@@ -37,6 +38,11 @@ class Sharding:
     shapes: Mapping[str, tuple[int, ...]]
     linears: tuple[int, int]
     equalised: tuple[str, ...] = ()
+
+    def update(self, layouts: Mapping[str, ShardLayout], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Parameters were added or have other names now: adapters were put into the model."""
+        object.__setattr__(self, "layouts", layouts)
+        object.__setattr__(self, "shapes", shapes)
 
     def __deepcopy__(self, memo: dict) -> Sharding:
         raise TensorParallelError("a sharded model cannot be copied; copy it before sharding.")

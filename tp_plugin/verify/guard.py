@@ -10,9 +10,10 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import plan_for
-from tp_plugin.sharding import Sharding, shard_in_place, state_of
+from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
 from tp_plugin.sharding.shard import obstacle
 from tp_plugin.verify.check import examined
+from tp_plugin.verify.first_step import StepGuard, guard_of
 
 
 def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
@@ -26,14 +27,31 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
         TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
             be made.
     """
-    if config.infer == "checked" and mesh.tp_size > 1 and state_of(model) is None and _is_inferred(model, config):
-        config = _tried(model, config, mesh)
-    return shard_in_place(model, config, mesh)
+    return watched(model, shard_in_place(model, proven(model, config, mesh), mesh))
+
+
+def watched(model: nn.Module, record: Sharding) -> Sharding:
+    """The record of a sharded model, whose first step will be checked; see :mod:`tp_plugin.verify.first_step`."""
+    if guard_of(model) is None and record.mesh.tp_size > 1:
+        StepGuard(adapters.bare_of(model), record)
+    return record
+
+
+def proven(
+    model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False
+) -> TensorParallelConfig:
+    """``config`` with what the trial of inferred rules taught; itself where there is nothing to try. Collective.
+
+    ``unread``: the model's parameters are read later; the trial needs its config alone.
+    """
+    if config.infer != "checked" or mesh.tp_size == 1 or state_of(model) is not None or obstacle(model, unread=unread):
+        return config  # an obstacle shard_in_place will name, on all ranks together
+    with adapters.taken_out(model) as (bare, _):
+        inferred = _is_inferred(bare, config)
+    return _tried(bare, config, mesh) if inferred else config
 
 
 def _is_inferred(model: nn.Module, config: TensorParallelConfig) -> bool:
-    if obstacle(model):
-        return False  # shard_in_place will say so, on all ranks together
     try:
         return bool(plan_for(model, config.tp_size, config.plan).inferred())
     except TensorParallelError:

@@ -1,20 +1,18 @@
-"""Full tensors from shards: what every export starts from."""
+"""Full tensors from shards, all of them in one place."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.collectives import all_gather
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.state import state_of
+from tp_plugin.weights.stream import Output, between_steps, identities, persistent, stream
 
 
 def full_state_dict(
@@ -22,9 +20,9 @@ def full_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Full tensors under HF names, on the CPU of global rank 0; ``{}`` on every other rank. A collective call.
 
-    Works at every ZeRO stage: a partitioned parameter is made whole over its data-parallel group first, then over its
-    tensor-parallel group, one parameter at a time. Persistent buffers are included; tied parameters are one tensor
-    under each of their names. Training goes on afterwards with the very same parameters.
+    Works at every ZeRO stage. Persistent buffers are included; tied parameters are one tensor under each of their
+    names. Training goes on afterwards with the very same parameters. Where the model is too large for the memory of
+    one host, :func:`tp_plugin.save_pretrained` writes it without gathering it.
 
     Args:
         model_or_engine: a sharded model, or the DeepSpeed engine (or other wrapper with ``.module``) around it.
@@ -34,24 +32,40 @@ def full_state_dict(
     Returns:
         name -> tensor, shaped as in the unsharded model, in the order of ``state_dict()``.
     """
-    model = unwrapped(model_or_engine)
+    tensors = persistent(unwrapped(model_or_engine))
+    if trainable_only:
+        tensors = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    return gathered(model_or_engine, tensors, dtype=dtype)
+
+
+def gathered(
+    model_or_engine: nn.Module | Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """:func:`full_state_dict` of some tensors of the model, name -> this rank's."""
+    whole: dict[int, torch.Tensor] = {}
+
+    def keep(output: Output, rows: torch.Tensor, start: int) -> None:
+        to = dtype if dtype is not None and output.dtype.is_floating_point else output.dtype
+        if start == 0:
+            whole[id(tensors[output.name])] = torch.empty(output.shape, dtype=to)
+        whole[id(tensors[output.name])].view(-1)[start : start + rows.numel()].copy_(rows)
+
+    with between_steps(model_or_engine):
+        mesh = mesh_of(unwrapped(model_or_engine))
+        stream(tensors, identities(tensors), mesh, replica=0, writer=0, sink=keep)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return {}
+    return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}  # one without elements is whole
+
+
+def mesh_of(model: nn.Module) -> ParallelMesh:
+    """The mesh a model is sharded over; one rank, in as many replicas as there are processes, when it is not."""
     record = state_of(model)
-    mesh = record.mesh if record is not None else ParallelMesh.single()
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    with _between_steps(model_or_engine):
-        whole: dict[str, torch.Tensor] = {}
-        known: dict[int, torch.Tensor] = {}
-        for name, tensor in _persistent(model):
-            if trainable_only and not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
-                continue
-            if id(tensor) not in known:
-                full = _whole(tensor, mesh)
-                if full.is_floating_point() and dtype is not None:
-                    full = full.to(dtype)
-                known[id(tensor)] = full.to("cpu", copy=True) if first else torch.empty(0)
-            if first:
-                whole[name] = known[id(tensor)]
-    return whole
+    if record is not None:
+        return record.mesh
+    if not dist.is_initialized():
+        return ParallelMesh.single()
+    return ParallelMesh(None, None, dp_rank=dist.get_rank(), dp_size=dist.get_world_size())
 
 
 def unwrapped(model_or_engine: nn.Module | Any) -> nn.Module:
@@ -64,43 +78,3 @@ def unwrapped(model_or_engine: nn.Module | Any) -> nn.Module:
             return model
         model = inner
     raise TensorParallelError(f"expected a model or a DeepSpeed engine, got {type(model).__name__}.")
-
-
-def _persistent(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers under every name they have; the very objects, not detached copies."""
-    return list(model.state_dict(keep_vars=True).items())
-
-
-@torch.no_grad()
-def _whole(tensor: torch.Tensor, mesh: ParallelMesh) -> torch.Tensor:
-    layout: ShardLayout | None = getattr(tensor, "tp_layout", None)
-    with _unpartitioned(tensor):
-        if layout is None or not layout.is_sharded:
-            return tensor.detach().clone()
-        if mesh.dp_rank != 0:  # another replica's ranks: the first one's are enough
-            return tensor.detach()[:0]
-        sizes = [layout.local_size(rank) for rank in range(layout.ranks)]
-        parts = all_gather(tensor.detach(), mesh.tp_group, purpose="export", sizes=sizes, dim=layout.dim or 0)
-        return layout.unshard(parts) if mesh.tp_rank == 0 else parts[0][:0]
-
-
-def _unpartitioned(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """ZeRO-3 parameters are gathered over their data-parallel group inside this context."""
-    if not hasattr(tensor, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([tensor])
-
-
-@contextlib.contextmanager
-def _between_steps(engine: Any) -> Iterator[None]:
-    """ZeRO-3 releases what it prefetched before parameters are gathered one by one, and resumes after."""
-    optimizer: Any = getattr(engine, "optimizer", None)
-    if hasattr(optimizer, "checkpoint_event_prologue"):
-        optimizer.checkpoint_event_prologue()
-    try:
-        yield
-    finally:
-        if hasattr(optimizer, "checkpoint_event_epilogue"):
-            optimizer.checkpoint_event_epilogue()

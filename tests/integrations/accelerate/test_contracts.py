@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, operations
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, refuse
@@ -24,13 +24,13 @@ def test_every_name_is_where_we_expect_it(part):
 @pytest.mark.parametrize(
     ("part", "owner", "name"),
     [
-        (collect, Accelerator, "gather"),
-        (collect, Accelerator, "gather_for_metrics"),
+        (collect, operations, "_gpu_gather"),
+        (collect, operations, "_gpu_gather_object"),
+        (collect, accelerate.utils, "reduce"),
         (collect, Accelerator, "reduce"),
-        (collect, accelerate.accelerator, "gather_object"),
+        (counting, PartialState, "split_between_processes"),
         (counting, accelerate.scheduler, "AcceleratorState"),
         (counting, accelerate.utils.random, "AcceleratorState"),
-        (counting, PartialState, "split_between_processes"),
         (cpu, PartialState, "_prepare_backend"),
         (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
         (export, Accelerator, "get_state_dict"),
@@ -48,11 +48,14 @@ def test_an_argument_that_moves_is_named(monkeypatch):
         refuse.check_contracts()
 
 
-def test_gather_for_metrics_goes_through_what_we_replace():
+def test_what_collects_goes_through_what_we_replace():
+    why = "accelerate/collect.py replaces what gather and gather_object call"
     for text in ("self.gather(input_data)", "gather_object(input_data)", "self.gradient_state.remainder"):
-        assert_source_has(
-            Accelerator.gather_for_metrics, text, "accelerate/collect.py replaces gather and gather_object"
-        )
+        assert_source_has(Accelerator.gather_for_metrics, text, why)
+    assert_source_has(Accelerator.gather, "return gather(tensor)", why)
+    assert_source_has(operations.gather, "return _gpu_gather(tensor)", why)
+    assert_source_has(operations.gather_object, "return _gpu_gather_object(object)", why)
+    assert "DEEPSPEED" in operations.TORCH_DISTRIBUTED_OPERATION_TYPES
 
 
 def test_any_rank_may_raise_the_flag():

@@ -141,15 +141,17 @@ def owners():
     import accelerate.accelerator
     import accelerate.data_loader
     import accelerate.scheduler
+    import accelerate.utils
     import accelerate.utils.random
     import deepspeed
     from accelerate.state import PartialState
+    from accelerate.utils import operations
     from transformers import GenerationMixin, Trainer, trainer, trainer_pt_utils
     from transformers.modeling_utils import ModuleUtilsMixin
 
-    modules = [accelerate.accelerator, accelerate.scheduler, accelerate.utils.random, deepspeed]
+    modules = [accelerate.accelerator, accelerate.scheduler, accelerate.utils, accelerate.utils.random, operations]
     theirs = [Trainer, trainer, ModuleUtilsMixin, GenerationMixin, trainer_pt_utils.BatchRebalanceSampler]
-    return [*modules, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, *theirs]
+    return [*modules, deepspeed, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, *theirs]
 
 
 def test_installing_twice_and_uninstalling_leaves_no_trace():

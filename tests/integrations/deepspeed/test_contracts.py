@@ -29,6 +29,13 @@ WATCHED = [
     (DeepSpeedEngine, "_consolidated_16bit_state_dict"),
     (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict"),
     (DeepSpeedEngine, "save_16bit_model"),
+    (DeepSpeedEngine, "save_checkpoint"),
+    (DeepSpeedEngine, "load_checkpoint"),
+    (DeepSpeedZeroOptimizer, "update_lp_params"),
+    (BF16_Optimizer, "update_lp_params"),
+    (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_prologue"),
+    (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue"),
+    (groups, "_get_data_parallel_group"),
     (DeepSpeedZeroOptimizer, "get_grad_norm_direct"),
     (DeepSpeedZeroOptimizer, "complete_grad_norm_calculation_for_cpu_offload"),
     (DeepSpeedZeroOptimizer, "get_param_id"),
@@ -68,6 +75,8 @@ def test_a_name_that_moves_is_named(monkeypatch, owner, name):
     [
         (DeepSpeedEngine, "_apply_autotp_partitioning"),
         (DeepSpeedEngine, "save_16bit_model"),
+        (DeepSpeedEngine, "save_checkpoint"),
+        (DeepSpeedEngine, "load_checkpoint"),
         (DeepSpeedZeroOptimizer, "get_grad_norm_direct"),
         (BF16_Optimizer, "get_grads_for_norm"),
         (groups, "_init_tp_mesh_device"),
@@ -116,15 +125,25 @@ def test_the_norm_comes_by_our_patches():
 # ---- attributes that exist on instances only -------------------------------------------------------------------------
 
 INSTANCE = {
-    ("engine", ""): ("_config", "first_dataloader_check", "_global_grad_norm", "client_optimizer", "basic_optimizer"),
+    ("engine", ""): (
+        *("_config", "first_dataloader_check", "_global_grad_norm", "client_optimizer", "basic_optimizer"),
+        *("global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler"),
+    ),
     ("config", ""): ("_param_dict", "train_batch_size"),
-    (1, "optimizer"): ("model_parallel_rank", "params_in_partition", "first_offset"),
+    (1, "optimizer"): (
+        *("model_parallel_rank", "params_in_partition", "first_offset"),
+        *("bit16_groups", "single_partition_of_fp32_groups", "optimizer", "loss_scaler", "torch_autocast_gradscaler"),
+    ),
     (2, "optimizer"): ("model_parallel_rank", "params_in_partition", "first_offset"),
-    (3, "optimizer"): ("model_parallel_rank", "dp_process_group", "fp16_partitioned_groups"),
+    (3, "optimizer"): (
+        *("model_parallel_rank", "dp_process_group", "fp16_partitioned_groups", "fp16_groups", "grad_position"),
+        *("fp32_partitioned_groups_flat", "sub_group_to_group_id", "persistent_parameters", "optimizer"),
+    ),
     (2, "offload"): ("norm_for_param_grads", "grad_position", "single_partition_of_fp32_groups"),
     (3, "offload"): ("norm_for_param_grads", "grad_position", "fp32_partitioned_groups_flat"),
-    ("bf16", "optimizer"): ("fp32_groups_gradients", "bf16_groups", "mpu"),
-    (3, "parameter"): ("ds_id", "ds_tensor"),
+    ("bf16", "optimizer"): ("fp32_groups_gradients", "bf16_groups", "mpu", "fp32_groups_flat_partition", "optimizer"),
+    (1, "parameter"): ("_hp_mapping",),
+    (3, "parameter"): ("ds_id", "ds_tensor", "ds_shape", "ds_numel", "ds_process_group"),
 }
 
 
@@ -150,6 +169,14 @@ def missing() -> list[str]:
             look(key, engine.optimizer)
         look(("engine", ""), engine)
         look(("config", ""), engine._config)
+        if stage == 1:
+            for param in engine.module.parameters():
+                look((1, "parameter"), param)
+                mapping = param._hp_mapping
+                if mapping is not None:
+                    addresses = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    if not all(hasattr(address, name) for address in addresses for name in ("start", "numel")):
+                        gone.append("_hp_mapping's addresses")
         if stage == 3:
             for param in engine.module.parameters():
                 look((3, "parameter"), param)

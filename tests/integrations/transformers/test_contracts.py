@@ -7,15 +7,27 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
-from transformers import GenerationMixin, PreTrainedModel, Trainer, trainer
+from transformers import GenerationMixin, PreTrainedModel, Trainer, core_model_loading, modeling_utils, trainer
 from transformers.distributed import tensor_parallel
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations import deepspeed as trainer_side
 from transformers.integrations import moe
 from transformers.modeling_utils import ModuleUtilsMixin
+from transformers.utils import hub
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
-from tp_plugin.integrations.transformers import _PARTS, generate, parameters, rates, reading, record, tokens
+from tp_plugin.integrations.transformers import (
+    _PARTS,
+    export,
+    first_step,
+    generate,
+    loading,
+    parameters,
+    rates,
+    reading,
+    record,
+    tokens,
+)
 from tp_plugin.plans.from_transformers import STYLE_OF
 
 
@@ -29,6 +41,17 @@ def test_every_name_is_where_we_expect_it(part):
     [
         (tokens, Trainer, "_get_num_items_in_batch"),
         (tokens, Trainer, "get_tp_size"),
+        (loading, PreTrainedModel, "from_pretrained"),
+        (loading, PreTrainedModel, "_from_config"),
+        (loading, PreTrainedModel, "_load_pretrained_model"),
+        (loading, PreTrainedModel, "tie_weights"),
+        (loading, modeling_utils, "_get_resolved_checkpoint_files"),
+        (loading, modeling_utils, "get_hf_quantizer"),
+        (loading, modeling_utils, "log_state_dict_report"),
+        (loading, core_model_loading, "convert_and_load_state_dict_in_model"),
+        (loading, trainer_side, "_hf_deepspeed_config_weak_ref"),
+        (loading, trainer_side, "is_deepspeed_zero3_enabled"),
+        (loading, trainer_side, "deepspeed_config"),
         (generate, GenerationMixin, "generate"),
         (generate, ContinuousMixin, "init_continuous_batching"),
         (parameters, ModuleUtilsMixin, "num_parameters"),
@@ -39,6 +62,15 @@ def test_every_name_is_where_we_expect_it(part):
         (rates, Trainer, "evaluate"),
         (rates, Trainer, "predict"),
         (reading, Trainer, "_get_dataloader"),
+        (export, modeling_utils, "safe_save_file"),
+        (export, core_model_loading, "revert_weight_conversion"),
+        (export, PreTrainedModel, "save_pretrained"),
+        (export, Trainer, "save_model"),
+        (export, hub, "create_and_tag_model_card"),
+        (first_step, Trainer, "training_step"),
+        (first_step, Trainer, "compute_loss"),
+        (first_step, Trainer, "_prepare_inputs"),
+        (first_step, Trainer, "compute_loss_context_manager"),
         (record, deepspeed, "tp_model_init"),
         (record, trainer_side, "deepspeed_init"),
     ],
@@ -95,6 +127,31 @@ def test_averaging_over_devices_goes_through_our_gather():
     )
     assert_source_has(Trainer.compute_loss, "self.accelerator.num_processes // self.get_tp_size()", why)
     assert_source_has(Trainer._track_num_input_tokens, "self.accelerator.gather(input_tokens).sum()", why)
+
+
+def test_models_are_loaded_through_what_we_replace():
+    why = "transformers/load.py gives it tensors that have not been read, and cuts what is new afterwards"
+    theirs = PreTrainedModel.from_pretrained
+    for text in (
+        "checkpoint_files, sharded_metadata = _get_resolved_checkpoint_files( pretrained_model_name_or_path=",
+        "hf_quantizer, config, device_map = get_hf_quantizer( config, quantization_config,",
+        "cls._load_pretrained_model( model, state_dict, checkpoint_files, load_config )",
+        "loading_info = cls._finalize_model_loading(model, load_config, loading_info)",
+    ):
+        assert_source_has(theirs, text, why)
+    assert_source_has(core_model_loading._materialize_copy, "tensor = tensor[...]", why)
+    assert_source_has(core_model_loading.set_param_for_module, "param_value._is_hf_initialized = True", why)
+    finalize = PreTrainedModel._finalize_model_loading
+    assert_source_has(
+        finalize, "model.tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)", why
+    )
+
+
+def test_zero_init_is_chosen_by_what_we_put_to_sleep():
+    why = "transformers/loading.py puts the live ZeRO-3 config to sleep while a model is built"
+    assert_source_has(PreTrainedModel.get_init_context, "if is_deepspeed_zero3_enabled():", why)
+    assert_source_has(PreTrainedModel._from_config, "needs_zero3_init = is_deepspeed_zero3_enabled()", why)
+    assert_source_has(trainer_side.is_deepspeed_zero3_enabled, "_hf_deepspeed_config_weak_ref().is_zero3()", why)
 
 
 def test_evaluation_collects_through_our_gather():

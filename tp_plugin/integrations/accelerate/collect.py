@@ -1,7 +1,8 @@
-"""``gather``, ``gather_for_metrics`` and ``reduce`` count each sample once.
+"""``gather``, ``gather_object`` and ``reduce`` of accelerate count each sample once, whoever calls them.
 
 Accelerate collects over the whole world, where the ranks of a TP group bring the same samples: metrics would see them
-tp times, and the last, partial batch would be cut in the wrong place.
+tp times, and the last, partial batch would be cut in the wrong place. The functions are imported by name all over (TRL
+does), so what they call is replaced where there is such a thing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import accelerate.accelerator
+import accelerate.utils
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -22,46 +24,37 @@ from tp_plugin.integrations.accelerate.degree import parallel_mesh, tp_size
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.lazy import materialise_outputs
 
+_WITH_REDUCE = (operations, accelerate.utils, accelerate.accelerator)  # the modules whose name ``reduce`` is looked up
+
 
 def check_contracts() -> None:
     once = "metrics would count every sample once a TP rank"
-    contract(Accelerator, "gather", ["tensor"], once)
-    contract(Accelerator, "gather_for_metrics", ["input_data", "use_gather_object"], once)
-    contract(Accelerator, "reduce", ["tensor", "reduction", "scale"], "sums would be tp times too large")
-    contract(accelerate.accelerator, "gather_object", ["object"], once)
-    contract(operations, "verify_operation", ["function"], "debug mode compares shapes before our gather")
+    contract(operations, "_gpu_gather", ["tensor"], once)
+    contract(operations, "_gpu_gather_object", ["object"], once)
+    for module in _WITH_REDUCE:
+        contract(module, "reduce", ["tensor", "reduction", "scale"], "sums would be tp times too large")
+    contract(Accelerator, "reduce", ["tensor", "reduction", "scale"], "any one rank may raise the flag of set_trigger")
 
 
 def install(patches: Patches) -> None:
-    patches.replace(Accelerator, "gather", _gather_method)
+    patches.replace(operations, "_gpu_gather", _gather_function)
+    patches.replace(operations, "_gpu_gather_object", _gather_object_function)
+    for module in _WITH_REDUCE:
+        patches.replace(module, "reduce", _reduce_function)
     patches.replace(Accelerator, "reduce", _reduce_method)
-    # the name that gather_for_metrics looks up; accelerate.utils.gather_object stays as it is
-    patches.replace(accelerate.accelerator, "gather_object", _gather_object_function)
 
 
-def _gather_method(original: Callable[..., Any]) -> Callable[..., Any]:
+def _gather_function(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def gather(self: Accelerator, tensor: Any) -> Any:
-        return original(self, tensor) if tp_size() == 1 else gather_samples(tensor)
+    def _gpu_gather(tensor: Any) -> Any:
+        return original(tensor) if tp_size() == 1 else gather_samples(tensor)
 
-    return gather
-
-
-def _reduce_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def reduce(self: Accelerator, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        # any one rank may raise the flag of set_trigger(), and a maximum doesn't mind repetition: the whole world
-        if tp_size() == 1 or reduction == "max" or tensor is self.flag_tensor:
-            return original(self, tensor, reduction, scale)
-        tensor = materialise_outputs(tensor)
-        return recursively_apply(_sum_samples, tensor, error_on_other_type=True, mean=reduction == "mean")
-
-    return reduce
+    return _gpu_gather
 
 
 def _gather_object_function(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def gather_object(object: Any) -> Any:
+    def _gpu_gather_object(object: Any) -> Any:
         degree = tp_size()
         if degree == 1:
             return original(object)
@@ -69,10 +62,30 @@ def _gather_object_function(original: Callable[..., Any]) -> Callable[..., Any]:
         dist.all_gather_object(brought, materialise_outputs(object))
         return [item for items in brought[::degree] for item in items]
 
-    return gather_object
+    return _gpu_gather_object
 
 
-@operations.verify_operation
+def _reduce_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+        tensor = materialise_outputs(tensor)
+        if tp_size() == 1 or reduction == "max":  # a maximum does not mind repetition
+            return original(tensor, reduction, scale)
+        return recursively_apply(_sum_samples, tensor, error_on_other_type=True, mean=reduction == "mean")
+
+    return reduce
+
+
+def _reduce_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce(self: Accelerator, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        # any one rank may raise the flag of set_trigger(): all of them are asked, not one of each group
+        reduction = "max" if tp_size() > 1 and tensor is self.flag_tensor else reduction
+        return original(self, tensor, reduction, scale)
+
+    return reduce
+
+
 def gather_samples(tensor: Any) -> Any:
     """Tensors of all data-parallel ranks, joined along dim 0, in nested containers too.
 

@@ -65,10 +65,11 @@ def refuse_before_engine(arguments: Mapping[str, Any], options_of: Callable[[dic
         )
     if options.tp_size > 1:
         _refuse_config(config, options.tp_size, arguments)
-    elif config.get("tp_plugin"):
+    elif config.get("tp_plugin") and _section(config, "tensor_parallel").get("autotp_size") != 1:
         raise TensorParallelError(
             "the DeepSpeed config has a tp_plugin block and no tensor_parallel.autotp_size above 1, so nothing would "
-            'be sharded; add "tensor_parallel": {"autotp_size": N}, or remove the block.'
+            'be sharded; add "tensor_parallel": {"autotp_size": N} (1: for checkpoints that any shape resumes), or '
+            "remove the block."
         )
     elif mpu is None and groups.mpu is not None and groups.mpu.get_model_parallel_world_size() > 1:
         size = groups.mpu.get_model_parallel_world_size()

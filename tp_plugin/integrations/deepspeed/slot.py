@@ -19,7 +19,7 @@ from torch import nn
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.deepspeed import cpu, export, norm
+from tp_plugin.integrations.deepspeed import checkpoint, cpu, export, norm
 from tp_plugin.integrations.deepspeed.refuse import refuse_after_engine, refuse_before_engine, refuse_in_engine
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import Sharding
@@ -46,6 +46,7 @@ def install(default: TensorParallelConfig | None = None) -> None:
     cpu.install(_PATCHES)
     norm.install(_PATCHES)
     export.install(_PATCHES)
+    checkpoint.install(_PATCHES)
 
 
 def uninstall() -> None:
@@ -69,6 +70,7 @@ def check_contracts() -> None:
     cpu.check_contracts()
     norm.check_contracts()
     export.check_contracts()
+    checkpoint.check_contracts()
 
 
 def options_of(config: dict[str, Any]) -> TensorParallelConfig:

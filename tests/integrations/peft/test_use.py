@@ -1,0 +1,388 @@
+"""Adapters on sharded models in use: saved, loaded, merged, switched, dropped out; and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file
+
+import tp_plugin
+from tests.support.adapters import adapt
+from tests.support.cases import launched, sentence, values
+from tests.support.models import batch, make
+from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for, relative
+from tp_plugin.collectives import counted
+from tp_plugin.integrations.peft.allowed import TYPES, config_obstacle
+from tp_plugin.sharding import state_of
+
+HERE = "tests.integrations.peft.test_use"
+DATA = batch(9, 2)
+
+
+def shard(model: torch.nn.Module, tp: int = 2) -> torch.nn.Module:
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True))
+    return model
+
+
+def trained(model: torch.nn.Module, stage: int):
+    """An engine around ``model``, two steps on."""
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
+    for step in (0, 1):
+        for pieces in micro_batches(step, 1):
+            engine.backward(loss_of(engine, pieces[0], step))
+            engine.step()
+    return engine
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    """Of a fixed batch, in evaluation, on every rank."""
+    model.eval()
+    found = model(input_ids=DATA["input_ids"]).logits
+    model.train()
+    return found
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as own:
+        box = [own]
+        dist.broadcast_object_list(box)
+        yield Path(box[0])
+        dist.barrier()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = relative(ours, theirs)
+    assert error < 1e-5, error
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(family: str, adapter: str, stage: int, **options) -> None:
+    """Train, save; plain PEFT in one process, and a sharded model, give the logits of the trained one."""
+    with shared_folder() as folder:
+        engine = trained(adapt(make(family, **options), adapter), stage)
+        wanted = logits_of(engine)
+        tp_plugin.save_pretrained(engine, folder / "by us")
+        engine.module.save_pretrained(str(folder / "by peft"))
+        files = [load_file(folder / name / "adapter_model.safetensors") for name in ("by us", "by peft")]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+        plain = adapt(make(family, **options), adapter)
+        shapes = {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(plain).items()}
+        assert {name: tensor.shape for name, tensor in files[0].items()} == shapes
+        close(logits_of(peft.PeftModel.from_pretrained(make(family, **options), folder / "by us")), wanted)
+        ours = peft.PeftModel.from_pretrained(shard(make(family, **options)), folder / "by us")
+        close(logits_of(ours), wanted)
+        ours.load_adapter(folder / "by us", "again")
+        ours.set_adapter("again")
+        close(logits_of(ours), wanted)
+
+
+def saves_zero_1() -> None:
+    saved_and_loaded("Llama", "vocabulary", 1, tied=False)
+
+
+def saves_zero_3() -> None:
+    saved_and_loaded("Llama", "modules to save", 3, tied=False)
+
+
+def saves_experts() -> None:
+    saved_and_loaded("Mixtral", "experts", 2)
+
+
+def saves_scales() -> None:
+    saved_and_loaded("Llama", "IA3", 1)
+
+
+def saves_prompt() -> None:
+    saved_and_loaded("Llama", "prompt", 1)
+
+
+def merges() -> None:
+    """``merge_and_unload`` of a sharded model, exported: one process's merged model; and its doors are right again."""
+    with shared_folder() as folder:
+        truth = adapt(make("Llama", heads=(6, 3), tied=False), "vocabulary").merge_and_unload()
+        for name, model in {
+            "before": shard(adapt(make("Llama", heads=(6, 3), tied=False), "vocabulary")),
+            "after": adapt(shard(make("Llama", heads=(6, 3), tied=False)), "vocabulary"),
+        }.items():
+            merged = model.merge_and_unload()
+            tp_plugin.save_pretrained(merged, folder / name)
+            plain = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
+            for key, tensor in truth.state_dict().items():
+                close(plain.state_dict()[key], tensor)
+            gradients_of(merged.requires_grad_(True), truth.requires_grad_(True))
+
+
+def gradients_of(ours: torch.nn.Module, truth: torch.nn.Module) -> None:
+    """Every gradient of a step of the sharded model against the truth's."""
+    rank = state_of(ours).mesh.tp_rank
+    for model in (ours, truth):
+        model.zero_grad(set_to_none=True)
+        model(**DATA).loss.backward()
+    expected = {name: param.grad for name, param in truth.named_parameters()}
+    for name, param in ours.named_parameters():
+        wanted = expected[name]
+        assert (param.grad is None) == (wanted is None), name
+        if wanted is not None:
+            layout = getattr(param, "tp_layout", None)
+            wanted = wanted if layout is None else layout.shard(wanted, rank)
+            assert relative(param.grad, wanted, 1e-6) < 1e-4, name
+
+
+def full_state() -> None:
+    """Names and tensors of the unsharded PEFT model, base and adapters."""
+    for late in (False, True):
+        truth = adapt(make("Qwen2", heads=(4, 1)), "every linear").state_dict()
+        base = make("Qwen2", heads=(4, 1))
+        model = adapt(shard(base), "every linear") if late else shard(adapt(base, "every linear"))
+        found = tp_plugin.full_state_dict(model)
+        if dist.get_rank() == 0:
+            assert list(found) == list(truth)
+            assert all(torch.equal(found[name], truth[name]) for name in truth)
+        record = state_of(model)
+        assert set(record.layouts) <= set(dict(model.get_base_model().named_parameters(remove_duplicate=False)))
+        assert 0.4 < record.fraction() < 0.8
+
+
+def by_transformers() -> None:
+    """``add_adapter``, ``save_pretrained`` and ``load_adapter`` of transformers itself."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with shared_folder() as folder:
+        models = []
+        for sharded in (False, True):
+            torch.manual_seed(3)
+            models.append(make("Llama"))
+            models[-1].add_adapter(config)
+            if sharded:
+                shard(models[-1])
+        truth, ours = models
+        close(logits_of(ours), logits_of(truth))
+        gradients_of(ours, truth)
+        if dist.get_rank() == 0:
+            truth.save_pretrained(folder)
+        dist.barrier()
+        loaded = shard(make("Llama"))
+        loaded.load_adapter(str(folder), "given")
+        close(logits_of(loaded), logits_of(truth))
+
+
+# ---- several adapters, dropout, collectives --------------------------------------------------------------------------
+
+
+def switches() -> None:
+    """Without its adapters a model is the base, and another adapter trains as in one process."""
+    truth = adapt(make("Llama", heads=(6, 3)), "several")
+    for ours in (
+        shard(adapt(make("Llama", heads=(6, 3)), "several")),
+        adapt(shard(make("Llama", heads=(6, 3))), "several"),
+    ):
+        base = make("Llama", heads=(6, 3))
+        with ours.disable_adapter():
+            close(logits_of(ours), logits_of(base))
+        for adapter in ("second", "default"):
+            for model in (ours, truth):
+                model.set_adapter(adapter)
+            gradients_of(ours, truth)
+
+
+def drops_out() -> None:
+    """One mask for what is replicated, another on each rank for what is sharded; recomputation gives them again."""
+    masks: dict[str, torch.Tensor] = {}
+    torch.manual_seed(5)
+    model = shard(adapt(make("Llama"), "every linear", lora_dropout=0.5)).train()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda m, a, out, name=name: masks.update({name: (out == 0) & (a[0] != 0)}))
+    gradients = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        torch.manual_seed(6)
+        model(**DATA).loss.backward()
+        gradients.append({name: param.grad for name, param in model.named_parameters() if param.requires_grad})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    for name, mask in masks.items():
+        assert 0.3 < mask.float().mean() < 0.7, name
+        others = [torch.empty_like(mask) for _ in range(2)]
+        if "down_proj" in name:  # 27 and 26 of 53 features
+            mask = mask[..., :26].contiguous()
+            others = [torch.empty_like(mask) for _ in range(2)]
+        dist.all_gather(others, mask)
+        row = "o_proj" in name or "down_proj" in name
+        assert torch.equal(*others) != row, f"{name} drops {'alike' if row else 'otherwise'} on another rank"
+    masked = [masks[name] for name in masks if "q_proj" in name or "k_proj" in name]
+    assert not torch.equal(masked[0], masked[1])
+    for name, gradient in gradients[0].items():
+        param = dict(model.named_parameters())[name]
+        if not hasattr(param, "tp_layout"):
+            others = [torch.empty_like(gradient) for _ in range(2)]
+            dist.all_gather(others, gradient)
+            assert torch.equal(*others), f"replicas of {name} got other gradients"
+
+
+def seeded_by_rank() -> None:
+    """Adapters that each rank would begin otherwise begin alike, as those of the TP group's first rank."""
+
+    def begun(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, lora(target_modules="all-linear", init_lora_weights="gaussian"))
+
+    rank = dist.get_rank()
+    truth, early, late = begun(make("Llama"), 0), begun(make("Llama"), rank), begun(shard(make("Llama")), rank)
+    for model in (late, shard(early)):
+        for (name, param), (_, wanted) in zip(model.named_parameters(), truth.named_parameters(), strict=True):
+            if "lora_A" in name:
+                layout = getattr(param, "tp_layout", None)
+                assert torch.equal(param, wanted if layout is None else layout.shard(wanted, rank)), name
+
+
+def collectives() -> None:
+    """What the adapters add to a step."""
+    found = []
+    for adapter in (None, "every linear"):
+        model = make("Llama")
+        model.requires_grad_(False)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        model = shard(model if adapter is None else adapt(model, adapter)).train()
+        with counted() as counter:
+            model(**DATA).loss.backward()
+        found.append(counter)
+    before, after = found
+    rows = DATA["input_ids"].numel()
+    assert after.count("leave") - before.count("leave") == 2 * 2  # a row's A, in each of two layers
+    assert after.nbytes("leave") - before.nbytes("leave") == 2 * 2 * rows * 4 * 4
+    assert after.count("enter") == 3  # no door is added, and the first one has nothing frozen to tell
+    assert after.count("partial gradient") == 2 * 5  # the A of each column
+    assert after.nbytes("partial gradient") == 2 * 5 * 4 * 32 * 4
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+
+def lora(**options) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
+
+
+def refuse_dora() -> None:
+    shard(peft.get_peft_model(make("Llama"), lora(use_dora=True)))
+
+
+def refuse_dora_late() -> None:
+    peft.get_peft_model(shard(make("Llama")), lora(use_dora=True))
+
+
+def refuse_loha() -> None:
+    shard(peft.get_peft_model(make("Llama"), peft.LoHaConfig(target_modules=["q_proj"])))
+
+
+def refuse_loha_late() -> None:
+    peft.get_peft_model(shard(make("Llama")), peft.LoHaConfig(target_modules=["q_proj"]))
+
+
+def refuse_prefix() -> None:
+    config = peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    shard(peft.get_peft_model(make("Llama"), config))
+
+
+def refuse_prefix_late() -> None:
+    config = peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(shard(make("Llama")), config)
+
+
+def refuse_tokens() -> None:
+    shard(peft.get_peft_model(make("Llama"), lora(trainable_token_indices=[1, 2])))
+
+
+def refuse_block() -> None:
+    shard(peft.get_peft_model(make("Llama"), lora(modules_to_save=["mlp"])))
+
+
+def refuse_block_late() -> None:
+    peft.get_peft_model(shard(make("Llama")), lora(modules_to_save=["mlp"]))
+
+
+def refuse_pissa_late() -> None:
+    peft.get_peft_model(shard(make("Llama")), lora(init_lora_weights="pissa"))
+
+
+def refuse_empty_late() -> None:
+    peft.get_peft_model(shard(make("Llama")), lora(), low_cpu_mem_usage=True)
+
+
+def refuse_tied_adapters() -> None:
+    config = lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    shard(peft.get_peft_model(make("Qwen3", tied=True), config))
+
+
+def refuse_inside() -> None:
+    shard(torch.nn.Sequential(peft.get_peft_model(make("Llama"), lora())))
+
+
+def refuse_head_bias() -> None:
+    shard(peft.get_peft_model(make("Llama"), lora(target_modules=["lm_head"], lora_bias=True)))
+
+
+def refuse_after_zero_3() -> None:
+    model = make("Llama")
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 3))
+    peft.get_peft_model(engine.module, lora())
+
+
+def refuse_shared_scales() -> None:
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    shard(peft.get_peft_model(make("Llama", heads=(6, 3)), config))
+
+
+SAYS = {
+    "refuse_dora": "use_dora",
+    "refuse_dora_late": "use_dora",
+    "refuse_loha": "PEFT type LOHA",
+    "refuse_loha_late": "PEFT type LOHA",
+    "refuse_prefix": "PEFT type PREFIX_TUNING",
+    "refuse_prefix_late": "PEFT type PREFIX_TUNING",
+    "refuse_tokens": "modules_to_save instead",
+    "refuse_block": "sharded inside",
+    "refuse_block_late": "sharded inside",
+    "refuse_pissa_late": "before sharding",
+    "refuse_empty_late": "low_cpu_mem_usage",
+    "refuse_tied_adapters": "ensure_weight_tying",
+    "refuse_inside": "give tp_plugin the PeftModel itself",
+    "refuse_head_bias": "set lora_bias=False",
+    "refuse_after_zero_3": "before deepspeed.initialize",
+    "refuse_shared_scales": "key/value heads that ranks share",
+}
+RIGHT = (
+    *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "merges", "full_state"),
+    *("by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
+)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(name):
+    values(launched(2, HERE, (*RIGHT, *SAYS)), name)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_refused(name):
+    assert SAYS[name] in sentence(launched(2, HERE, (*RIGHT, *SAYS)), name)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in peft.PeftType if kind not in TYPES])
+def test_types_that_nobody_tried_are_refused(kind):
+    config = dataclasses.replace(peft.PeftConfig(), peft_type=kind)
+    assert f"PEFT type {kind.value}" in (config_obstacle("default", config) or "")

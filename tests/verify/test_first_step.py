@@ -1,0 +1,244 @@
+"""The guard of the first step: silent where all is well, and loud about each thing broken on purpose."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from torch.nn import functional as F
+
+import tp_plugin
+from tests.support.adapters import adapt
+from tests.support.models import batch, make
+from tests.support.ranks import errors_on_ranks, on_ranks
+from tests.support.train import config_for, engine_for, loss_of, micro_batches, model_of, optimizer_for
+from tp_plugin.layers import RowParallelLinear
+from tp_plugin.verify import first_step
+from tp_plugin.verify.first_step import guard_of
+
+SOUND = {
+    "Llama ZeRO-1": ("Llama", 1, {}),
+    "Llama ZeRO-3": ("Llama", 3, {}),
+    "Llama KV replicated ZeRO-2": ("Llama", 2, {"heads": (4, 1)}),
+    "Gemma2 tied ZeRO-0": ("Gemma2", 0, {}),
+    "Mixtral ZeRO-3": ("Mixtral", 3, {}),
+    "Qwen3Moe ZeRO-1": ("Qwen3Moe", 1, {}),
+    "GPT-2 ZeRO-1": ("gpt2", 1, {}),
+    "GPTNeoX ZeRO-1": ("gpt_neox", 1, {}),
+    "BLOOM ZeRO-1": ("bloom", 1, {}),
+    "T5 ZeRO-2": ("t5", 2, {}),
+    "Bert ZeRO-1": ("bert", 1, {}),
+    "Llama bf16 ZeRO-1": ("Llama", 1, {"bf16": {"enabled": True}}),
+    "Mixtral bf16 ZeRO-3": ("Mixtral", 3, {"bf16": {"enabled": True}}),
+    "Llama LoRA ZeRO-3": ("Llama", 3, {"adapter": "every linear"}),
+    "Llama LoRA of head and table ZeRO-1": ("Llama", 1, {"adapter": "vocabulary"}),
+    "Qwen3 copies to save ZeRO-2": ("Qwen3", 2, {"adapter": "norms to save"}),
+    "Mixtral LoRA of experts ZeRO-1": ("Mixtral", 1, {"adapter": "experts"}),
+    "Llama IA3 ZeRO-1": ("Llama", 1, {"adapter": "IA3"}),
+}
+
+
+def engine_of(family, stage, extra=None, **options):
+    extra = dict(extra or {})
+    block = {"quiet": True, "check_batch_every": 2, **extra.pop("tp_plugin", {})}
+    adapter = options.pop("adapter", None)
+    model = model_of(family, **options)
+    model = adapt(model, adapter) if adapter else model
+    return engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage, **extra, tp_plugin=block))
+
+
+def steps(engine, count, family="Llama", **changes):
+    for step in range(count):
+        for pieces in micro_batches(step, dist.get_world_size() // 2, family):
+            engine.backward(loss_of(engine, pieces[dist.get_rank() // 2] | changes, step, family))
+            engine.step()
+
+
+def sound():
+    """By case: the largest relative difference that the guard saw, by quantity."""
+    found = {}
+    for name, (family, stage, extra) in SOUND.items():
+        options = {key: value for key, value in extra.items() if key in ("heads", "adapter")}
+        engine = engine_of(family, stage, {} if options else extra, **options)
+        seen: dict[str, float] = {}
+        guard = guard_of(engine)
+
+        def difference(ours, plain, exact, half, seen=seen, guard=guard):
+            seen.update({key: first_step._relative(ours[key], exact[key]) for key in exact})
+            return type(guard)._difference(guard, ours, plain, exact, half)
+
+        guard._difference = difference
+        try:
+            steps(engine, 2, family)
+            after = "" if engine.module.training and not guard.due[True] and guard.gradients is None else "not complete"
+        except Exception as failure:
+            after = f"{type(failure).__name__}: {failure}"
+        found[name] = seen, after
+    return found
+
+
+@functools.cache
+def sound_cases():
+    return on_ranks(2, sound)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_step_passes_and_is_really_compared(name):
+    for found in sound_cases():
+        seen, wrong = found[name]
+        assert wrong == ""
+        assert "loss" in seen
+        assert {"logits"} <= seen.keys(), seen
+        limit = 3e-2 if "bf16" in name else 1e-5
+        assert max(seen.values()) < limit, seen
+
+
+def unguarded_losses(guard):
+    """Losses of a model with dropout, which draws random numbers."""
+    engine = engine_of("Llama", 1, {"tp_plugin": {"guard": guard}}, attention_dropout=0.3)
+    torch.manual_seed(3)
+    losses = []
+    for step in range(2):
+        for pieces in micro_batches(step, 1):
+            loss = loss_of(engine, pieces[0], step)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    return losses
+
+
+def with_and_without():
+    return unguarded_losses(True), unguarded_losses(False)
+
+
+def test_training_does_not_notice_the_guard():
+    for watched, alone in on_ranks(2, with_and_without):
+        assert watched == alone
+
+
+# ---- broken on purpose ----------------------------------------------------------------------------------------------
+
+
+def a_norm_of_one_replica(when):
+    engine = engine_of("Llama", 1, {"tp_plugin": {"check_replicas_every": 2, "guard": False}})
+    steps(engine, when)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            engine.module.model.norm.weight += 0.5
+    steps(engine, 2)
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_drifted_replica_is_caught_at_the_first_step_and_later(when):
+    errors = errors_on_ranks(2, a_norm_of_one_replica, when)
+    assert len(set(errors)) == 1
+    assert "'model.norm.weight' is not the same on the ranks" in errors[0]
+
+
+def a_shared_head(stage):
+    engine = engine_of("Llama", stage, heads=(4, 1))
+    weight = engine.module.model.layers[1].self_attn.k_proj.weight
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            getattr(weight, "ds_tensor", weight).view(-1)[3] += 0.5
+    steps(engine, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_drifted_shared_head_is_caught(stage):
+    errors = errors_on_ranks(2, a_shared_head, stage)
+    assert all("'model.layers.1.self_attn.k_proj.weight' is not the same" in error for error in errors)
+
+
+def a_shifted_batch():
+    engine = engine_of("Llama", 1)
+    rank = dist.get_rank()
+    steps(engine, 1, input_ids=batch(0, 2)["input_ids"].roll(rank, 1))
+
+
+def test_another_batch_on_one_rank_is_caught():
+    errors = errors_on_ranks(2, a_shifted_batch)
+    assert all("got different batches" in error for error in errors)
+
+
+def reads_the_head(model, inputs):
+    """What TRL's fused head and many a hand-written loss do: right on one GPU, half a vocabulary on a shard."""
+    hidden = model.model(input_ids=inputs["input_ids"]).last_hidden_state
+    with GatheredParameters([model.lm_head.weight]):
+        logits = hidden @ model.lm_head.weight.T
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten().clamp(-100, 60))
+
+
+def a_loss_of_its_own(stage):
+    engine = engine_of("Llama", stage)
+    guard_of(engine).examine(reads_the_head, batch(0, 3))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_loss_that_reads_a_shard_for_the_head_is_caught(stage):
+    errors = errors_on_ranks(2, a_loss_of_its_own, stage)
+    assert len(set(errors)) == 1
+    assert "computed again without tensor parallelism differs: loss" in errors[0]
+    assert " here, " in errors[0]
+
+
+def a_row_that_is_not_reduced():
+    engine = engine_of("Llama", 1)
+    layer = engine.module.model.layers[1].mlp.down_proj
+    assert isinstance(layer, RowParallelLinear)
+    layer.register_forward_hook(lambda _module, _args, output: output * 0.7)
+    steps(engine, 1)
+
+
+def test_a_wrong_layer_is_caught_and_named():
+    errors = errors_on_ranks(2, a_row_that_is_not_reduced)
+    assert all("first in model.layers.1;" in error for error in errors), errors
+
+
+def a_module_without_gradient():
+    engine = engine_of("Llama", 1, {"tp_plugin": {"guard": False}})
+    tp_plugin.check_next_step(engine)
+    # evaluation mode, in which the guard compares, goes another way
+    layer = engine.module.model.layers[0].mlp.up_proj
+    forward = layer.forward
+    layer.forward = lambda x: forward(x).detach() if engine.module.training else forward(x)
+    steps(engine, 2)
+
+
+def test_a_parameter_that_lost_its_gradient_is_caught():
+    errors = errors_on_ranks(2, a_module_without_gradient)
+    assert all("first is 'model.layers.0.mlp.up_proj.weight'" in error for error in errors), errors
+
+
+def a_dropped_adapter(stage):
+    engine = engine_of("Llama", stage, adapter="every linear")
+    adapted = engine.module.base_model.model.model.layers[0].self_attn.q_proj
+    adapted.forward = adapted.base_layer.forward  # what replacing the adapted layer by a sharded one comes to
+    steps(engine, 2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_dropped_adapter_is_caught(stage):
+    errors = errors_on_ranks(2, a_dropped_adapter, stage)
+    assert all("2 trainable parameters got no gradient" in error for error in errors), errors
+    assert "layers.0.self_attn.q_proj.lora_A" in errors[0]
+
+
+def on_request():
+    model = make("Llama")
+    with pytest.raises(tp_plugin.TensorParallelError, match="needs a sharded model"):
+        tp_plugin.check_next_step(model)
+    engine = engine_of("Llama", 1)
+    steps(engine, 1)
+    engine.module.model.layers[1].mlp.down_proj.register_forward_hook(lambda _module, _args, output: output * 0.7)
+    steps(engine, 1)  # nobody looks
+    tp_plugin.check_next_step(engine)
+    steps(engine, 1)
+
+
+def test_the_check_can_be_asked_for():
+    errors = errors_on_ranks(2, on_request)
+    assert all("computed again without tensor parallelism differs" in error for error in errors)

@@ -1,0 +1,116 @@
+"""Directories that exist whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support.cases import launched, sentence, values
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.weights import atomic
+from tp_plugin.weights.atomic import write_file, written_whole
+
+
+def test_it_appears_when_the_body_is_through(tmp_path):
+    target = tmp_path / "deep" / "target"
+    with written_whole(target) as temporary:
+        (temporary / "file").write_text("x")
+        assert not target.exists()
+        assert temporary.parent == target.parent
+    assert (target / "file").read_text() == "x"
+    assert os.listdir(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_one_of_that_name_is_replaced_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target = tmp_path / "target"
+    for content in "ab":
+        with written_whole(target) as temporary:
+            (temporary / content).write_text(content)
+    assert os.listdir(target) == ["b"]
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+
+    def fail():
+        with written_whole(target) as temporary:
+            (temporary / "new").touch()
+            raise OSError("no space")
+
+    with pytest.raises(TensorParallelError, match="what was there before is untouched: OSError: no space"):
+        fail()
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(target) == ["old"]
+
+
+def test_what_a_killed_job_left_goes(tmp_path):
+    (tmp_path / ".tp_plugin-writing-other-0123").mkdir()
+    with written_whole(tmp_path / "target"):
+        pass
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_file_in_the_way_is_not_removed(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    with pytest.raises(TensorParallelError, match="failed"), written_whole(tmp_path / "target"):
+        pass
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_small_file_is_replaced_in_one_step(tmp_path, monkeypatch):
+    write_file(tmp_path / "latest", b"a")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_file(tmp_path / "latest", b"b")
+    assert (tmp_path / "latest").read_text() == "a"
+    assert os.listdir(tmp_path) == ["latest"]
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def together():
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    target = Path(where[0], "target")
+    with written_whole(target) as temporary:
+        (temporary / str(dist.get_rank())).touch()
+    return sorted(os.listdir(target)), os.listdir(where[0])
+
+
+def one_fails():
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    try:
+        with written_whole(Path(where[0], "target")):
+            if dist.get_rank() == 1:
+                raise OSError(28, "No space left on device")
+    except TensorParallelError as refused:
+        dist.barrier()
+        assert os.listdir(where[0]) == []
+        raise TensorParallelError(str(refused).replace(where[0], "FOLDER")) from None
+
+
+def outcomes():
+    return launched(3, __name__, ("together", "one_fails"))
+
+
+def test_all_ranks_write_into_one():
+    assert values(outcomes(), "together") == [(["0", "1", "2"], ["target"])] * 3
+
+
+def test_what_one_rank_raises_all_raise():
+    said = sentence(outcomes(), "one_fails")
+    assert said.startswith(
+        "writing 'FOLDER/target' failed, and what was there before is untouched: OSError: No space left"
+    )

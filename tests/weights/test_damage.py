@@ -1,0 +1,369 @@
+"""Bad input and bad disks: one sentence on every rank, nothing touched, the newest whole checkpoint named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tp_plugin
+from tests.support import resume
+from tests.support.cases import launched, sentence, values
+from tests.support.models import make
+from tests.support.train import engine_for
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.weights.manifest import FILE
+
+CASES = (
+    "truncated", "missing", "flipped", "manifest_flipped", "manifest_truncated", "manifest_missing", "not_there",
+    "newer_format", "deepspeeds_own", "other_architecture", "other_vocabulary", "other_optimizer", "other_groups",
+    "without_optimizer", "unwritable_client_state", "different_tags", "disk_full", "no_directory", "local_storage",
+    "frozen_left_out",
+)  # fmt: skip
+GOOD = ("falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models")
+
+
+def engine(stage: int = 1, **options):
+    return resume.engine_of(2, stage, family="Llama", heads=(4, 2), tied=False, **options)
+
+
+def everywhere() -> str:
+    """A directory that all ranks see."""
+    where = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(where)
+    return where[0]
+
+
+def first(action) -> None:
+    """On one rank, and the others wait."""
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def mark(trained) -> str:
+    """A hash of this rank's weights, master weights and optimizer state."""
+    digest = hashlib.sha256()
+    for param in trained.module.parameters():
+        digest.update(param.detach().numpy().tobytes())
+    state = trained.optimizer.optimizer.state
+    for flat in trained.optimizer.single_partition_of_fp32_groups:
+        digest.update(flat.detach().numpy().tobytes())
+        digest.update(repr(sorted((k, v.sum().item()) for k, v in state.get(flat, {}).items())).encode())
+    return digest.hexdigest()
+
+
+def spoilt(spoil, *, tag=None, make_engine=engine, saved=engine) -> None:
+    """Save twice, spoil the newer one, load it: raises, and leaves the engine as it was."""
+    folder = everywhere()
+    one = saved()
+    resume.train(one, 2, (0,), "Llama")
+    one.save_checkpoint(folder)
+    resume.train(one, 2, (1,), "Llama")
+    one.save_checkpoint(folder)
+    first(lambda: spoil(Path(folder, "global_step2")))
+    other = make_engine()
+    before = mark(other)
+    try:
+        other.load_checkpoint(folder, tag)
+    except TensorParallelError as refused:
+        assert mark(other) == before, "the engine was touched"
+        raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+
+
+def truncated():
+    spoilt(lambda path: os.truncate(path / "rank_00001.safetensors", 1000))
+
+
+def missing():
+    spoilt(lambda path: (path / "rank_00001.safetensors").unlink())
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def flipped():
+    spoilt(lambda path: flip(path / "rank_00001.safetensors", 0.7))
+
+
+def manifest_flipped():
+    spoilt(lambda path: (path / FILE).write_text((path / FILE).read_text().replace("0.5", "0.6").replace("0.1", "0.2")))
+
+
+def manifest_truncated():
+    spoilt(lambda path: os.truncate(path / FILE, 500))
+
+
+def manifest_missing():
+    spoilt(lambda path: (path / FILE).unlink())
+
+
+def not_there():
+    spoilt(lambda path: None, tag="global_step7")
+
+
+def newer_format():
+    def age(path: Path) -> None:
+        content = json.loads((path / FILE).read_text())
+        (path / FILE).write_text(json.dumps(content | {"version": 99}))
+
+    spoilt(age)
+
+
+def deepspeeds_own():
+    def change(path: Path) -> None:
+        shutil.rmtree(path)
+        path.mkdir()
+        (path / "mp_rank_00_model_states.pt").write_bytes(b"\x80")
+
+    spoilt(change)
+
+
+def other_architecture():
+    spoilt(lambda path: None, make_engine=lambda: resume.engine_of(2, 1, family="Qwen3", heads=(4, 2), tied=False))
+
+
+def other_vocabulary():
+    spoilt(lambda path: None, make_engine=lambda: engine(vocab_size=137))
+
+
+def with_optimizer(optimizer):
+    model = make("Llama", tied=False)
+    return engine_for(model, optimizer(model), base())
+
+
+def base() -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "tensor_parallel": {"autotp_size": 2},
+        "tp_plugin": {"quiet": True},
+    }
+
+
+def other_optimizer():
+    spoilt(lambda path: None, make_engine=lambda: with_optimizer(lambda m: torch.optim.SGD(m.parameters(), 0.1)))
+
+
+def other_groups():
+    spoilt(lambda path: None, make_engine=lambda: with_optimizer(lambda m: torch.optim.AdamW(m.parameters(), 0.1)))
+
+
+def without_optimizer():
+    def bare():
+        config = base() | {"zero_optimization": {"stage": 0}}
+        return engine_for(make("Llama", tied=False), None, config)
+
+    folder = everywhere()
+    bare().save_checkpoint(folder)
+    try:
+        engine().load_checkpoint(folder)
+    except TensorParallelError as refused:
+        raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
+
+
+def unwritable_client_state():
+    folder = everywhere()
+    one = engine()
+    one.save_checkpoint(folder, tag="kept")
+    kept = sorted(Path(folder, "kept").iterdir())
+    try:
+        one.save_checkpoint(folder, tag="kept", client_state={"where": {"sampler": object()}})
+    finally:
+        assert sorted(Path(folder, "kept").iterdir()) == kept
+        assert sorted(os.listdir(folder)) == ["kept", "latest"]
+
+
+def different_tags():
+    engine().save_checkpoint(everywhere(), tag=f"mine-{dist.get_rank()}")
+
+
+def disk_full():
+    """The disk of one rank takes 20 kB a file."""
+    folder = everywhere()
+    one = engine()
+    one.save_checkpoint(folder, tag="kept")
+    dist.barrier()
+    kept = {path.name: path.read_bytes() for path in Path(folder, "kept").iterdir()}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        one.save_checkpoint(folder, tag="kept")
+    except TensorParallelError as refused:
+        raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        dist.barrier()
+        assert {path.name: path.read_bytes() for path in Path(folder, "kept").iterdir()} == kept
+        assert sorted(os.listdir(folder)) == ["kept", "latest"], "something was left behind"
+
+
+def no_directory():
+    engine().save_checkpoint("/proc/no/such/place")
+
+
+def local_storage():
+    engine(extra={"checkpoint": {"use_node_local_storage": True}}).save_checkpoint(everywhere())
+
+
+def frozen_engine():
+    model = make("Llama", tied=False)
+    model.model.embed_tokens.requires_grad_(False)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return engine_for(model, torch.optim.AdamW(trained, 0.1), base())
+
+
+def frozen_left_out():
+    folder = everywhere()
+    frozen_engine().save_checkpoint(folder, exclude_frozen_parameters=True)
+    try:
+        frozen_engine().load_checkpoint(folder)
+    except TensorParallelError as refused:
+        raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
+
+
+# ---- what works ----------------------------------------------------------------------------------------------------
+
+
+def falls_back():
+    folder = everywhere()
+    one = engine()
+    for step in (0, 1, 2):
+        resume.train(one, 2, (step,), "Llama")
+        one.save_checkpoint(folder)
+    first(lambda: flip(Path(folder, "global_step3", "rank_00000.safetensors"), 0.5))
+    first(lambda: (Path(folder, "global_step3", "rank_00001.safetensors")).write_bytes(b""))
+    other = engine()
+    path, _ = other.load_checkpoint(folder, "latest-good")
+    return Path(path).name, other.global_steps
+
+
+def nothing_there():
+    return engine().load_checkpoint(everywhere())
+
+
+def replaces():
+    """The same tag again: the directory is exchanged, nothing is left over."""
+    folder = everywhere()
+    one = engine()
+    one.save_checkpoint(folder, tag="same")
+    resume.train(one, 2, (0,), "Llama")
+    first(lambda: Path(folder, ".tp_plugin-writing-killed-0123").mkdir())
+    one.save_checkpoint(folder, tag="same")
+    other = engine()
+    other.load_checkpoint(folder)
+    return other.global_steps, sorted(os.listdir(folder)), sorted(os.listdir(Path(folder, "same")))
+
+
+def weights_only():
+    """``load_module_only``: the weights, and nothing of the optimizer, the steps or the learning rate."""
+    folder = everywhere()
+    one = engine()
+    resume.train(one, 2, (0, 1), "Llama")
+    one.save_checkpoint(folder)
+    other = engine(seed=1)
+    other.load_checkpoint(folder, load_module_only=True)
+    alike = tp_plugin.full_state_dict(one), tp_plugin.full_state_dict(other)
+    assert all(torch.equal(alike[0][name], alike[1][name]) for name in alike[0])
+    return other.global_steps, other.optimizer.param_groups[0]["lr"], other.lr_scheduler.last_epoch
+
+
+def without_frozen():
+    folder = everywhere()
+    one, other = frozen_engine(), frozen_engine()
+    resume.train(one, 2, (0,), "Llama")
+    one.save_checkpoint(folder, exclude_frozen_parameters=True)
+    other.load_checkpoint(folder, load_module_strict=False)
+    alike = tp_plugin.full_state_dict(one), tp_plugin.full_state_dict(other)
+    return all(torch.equal(alike[0][name], alike[1][name]) for name in alike[0])
+
+
+def two_models():
+    """A frozen reference model without an optimizer has a checkpoint too."""
+    folder = everywhere()
+    reference = engine_for(make("Llama", tied=False), None, base() | {"zero_optimization": {"stage": 0}})
+    reference.save_checkpoint(folder)
+    other = engine_for(make("Llama", tied=False, seed=1), None, base() | {"zero_optimization": {"stage": 0}})
+    other.load_checkpoint(folder, load_optimizer_states=False)
+    alike = tp_plugin.full_state_dict(reference), tp_plugin.full_state_dict(other)
+    return all(torch.equal(alike[0][name], alike[1][name]) for name in alike[0])
+
+
+SAID = {
+    "truncated": "the checkpoint 'FOLDER/global_step2' is damaged: rank_00001.safetensors has 1000 bytes and was",
+    "missing": "the checkpoint 'FOLDER/global_step2' is damaged: rank_00001.safetensors is missing",
+    "flipped": "the checkpoint 'FOLDER/global_step2' is damaged: the content of rank_00001.safetensors has changed",
+    "manifest_flipped": "the checkpoint 'FOLDER/global_step2' is damaged: manifest.json has changed",
+    "manifest_truncated": "the checkpoint 'FOLDER/global_step2' is damaged: manifest.json cannot be read",
+    "manifest_missing": "'FOLDER/global_step2' is not a whole checkpoint",
+    "not_there": "'FOLDER/global_step7' does not exist",
+    "newer_format": "is a checkpoint of format version 99, and this tp_plugin reads version 1",
+    "deepspeeds_own": "'FOLDER/global_step2' is a checkpoint of DeepSpeed's own, pickles for one shape",
+    "other_architecture": "is of another model (LlamaForCausalLM; this is Qwen3ForCausalLM)",
+    "other_vocabulary": "'model.embed_tokens.weight' has shape [131, 32] in it and [137, 32] here (the vocabulary",
+    "other_optimizer": "holds the state of AdamW and this engine's optimizer is SGD",
+    "other_groups": "has 2 parameter groups and this optimizer 1, or other parameters in them",
+    "without_optimizer": "was saved without an optimizer; load it with load_optimizer_states=False",
+    "unwritable_client_state": "client_state.where.sampler holds a object, and a checkpoint holds tensors, numbers",
+    "different_tags": "save_checkpoint was given different tags, ['mine-0', 'mine-1']; use one",
+    "disk_full": "writing rank_00001.safetensors of the checkpoint 'FOLDER/kept' failed: File too large",
+    "no_directory": "writing '/proc/no/such/place/global_step0' failed: ",
+    "local_storage": "checkpoint.use_node_local_storage keeps each host's part to itself",
+    "frozen_left_out": "it was saved without frozen parameters: load with load_module_strict=False",
+}
+OFFERED = ("truncated", "missing", "flipped", "manifest_flipped", "manifest_missing", "deepspeeds_own")
+
+
+def outcomes():
+    return launched(2, __name__, (*CASES, *GOOD))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_refused_in_one_sentence_on_every_rank(name):
+    said = sentence(outcomes(), name)
+    assert SAID[name] in said
+    if name in OFFERED:
+        assert said.endswith("; the newest whole checkpoint is 'FOLDER/global_step1'.")
+
+
+def test_the_newest_whole_one_is_taken_on_request():
+    assert values(outcomes(), "falls_back") == [("global_step2", 2)] * 2
+
+
+def test_a_directory_without_checkpoints_is_answered_as_deepspeed_does():
+    assert values(outcomes(), "nothing_there") == [(None, None)] * 2
+
+
+def test_the_same_tag_is_replaced_whole_and_leftovers_go():
+    files = ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+    assert values(outcomes(), "replaces") == [(1, ["latest", "same"], files)] * 2
+
+
+def test_weights_alone():
+    assert values(outcomes(), "weights_only") == [(0, 1e-2, 0)] * 2
+
+
+@pytest.mark.parametrize("name", ["without_frozen", "two_models"])
+def test_loads_what_there_is(name):
+    assert values(outcomes(), name) == [True, True]

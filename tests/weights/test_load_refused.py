@@ -1,0 +1,303 @@
+"""Checkpoints that are damaged or another model's: one sentence, the same on every rank, whoever sees the damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tp_plugin
+from tests.support import zoo
+from tests.support.cases import launched, sentence
+from tests.support.models import make
+from tests.support.train import config_for
+from tp_plugin.weights.reader import Reader
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def saved(model, **options) -> Path:
+    """This rank's own copy of a checkpoint; a collective call, since transformers writes on the first rank alone."""
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    model.save_pretrained(shared[0], **options)
+    dist.barrier()
+    own = Path(tempfile.mkdtemp(), "model")
+    shutil.copytree(shared[0], own)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(shared[0])
+    return own
+
+
+def damaged(how, rank: int | None = None) -> None:
+    """Load a checkpoint of which the copy of ``rank`` (None: of every rank) is damaged."""
+    folder = saved(make("Llama"), max_shard_size="40KB")
+    assert (folder / SHARD).exists()
+    if rank in (None, dist.get_rank()):
+        how(folder)
+    here = os.getcwd()
+    os.chdir(folder.parent)  # one name on every rank
+    try:
+        tp_plugin.from_pretrained("./model")
+    finally:
+        os.chdir(here)
+        shutil.rmtree(folder.parent)
+
+
+def edit(file: Path, change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / SHARD, (folder / SHARD).stat().st_size - 4)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[20] = 0xFF
+    (folder / SHARD).write_bytes(content)
+
+
+def truncated():
+    damaged(truncate)
+
+
+def truncated_on_one_rank():
+    damaged(truncate, rank=1)
+
+
+def header_flipped():
+    damaged(flip)
+
+
+def header_flipped_on_one_rank():
+    damaged(flip, rank=0)
+
+
+def file_missing():
+    damaged(lambda folder: (folder / SHARD).unlink())
+
+
+def file_missing_on_one_rank():
+    damaged(lambda folder: (folder / SHARD).unlink(), rank=1)
+
+
+def index_names_a_missing_tensor():
+    def change(index):
+        index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = SHARD
+
+    damaged(lambda folder: edit(folder / "model.safetensors.index.json", change))
+
+
+def index_is_no_json():
+    damaged(lambda folder: (folder / "model.safetensors.index.json").write_text("{"), rank=1)
+
+
+def empty_file():
+    damaged(lambda folder: (folder / SHARD).write_bytes(b""))
+
+
+def empty_directory():
+    def clear(folder):
+        for file in folder.iterdir():
+            file.unlink()
+
+    damaged(clear)
+
+
+def no_directory():
+    tp_plugin.from_pretrained("/no/such/directory")
+
+
+def no_weights():
+    damaged(lambda folder: [file.unlink() for file in folder.glob("model*")], rank=1)
+
+
+def vocabulary_changed():
+    damaged(lambda folder: edit(folder / "config.json", lambda config: config.update(vocab_size=140)))
+
+
+def width_changed():
+    damaged(lambda folder: edit(folder / "config.json", lambda config: config.update(intermediate_size=59)))
+
+
+def another_architecture():
+    other = saved(zoo.build("gpt2"))
+
+    def replace(folder):
+        for file in folder.glob("model*"):
+            file.unlink()
+        shutil.move(other / "model.safetensors", folder / "model.safetensors")
+
+    damaged(replace)
+
+
+def ranks_differ():
+    other = saved(make("Llama", intermediate_size=59), max_shard_size="40KB")
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1)
+
+
+def quantised():
+    def change(config):
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+
+    damaged(lambda folder: edit(folder / "config.json", change))
+
+
+def cannot_be_sharded():
+    other = saved(make("Llama", heads=(5, 1)), max_shard_size="40KB")
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True))
+
+
+def disk_fails_on_one_rank():
+    original = Reader._pread
+
+    def fail(self, out, file, start):
+        if dist.get_rank() == 1 and file.endswith(SHARD):
+            raise OSError(5, "Input/output error")
+        original(self, out, file, start)
+
+    Reader._pread = fail
+    try:
+        damaged(lambda folder: None)
+    finally:
+        Reader._pread = original
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/tp_plugin_was_here",)
+
+
+def as_bin(folder: Path, value) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(value, folder / "pytorch_model.bin")
+
+
+def pickle_that_runs_code():
+    damaged(lambda folder: as_bin(folder, {"model.norm.weight": Evil()}))
+
+
+def pickle_of_old():
+    def write(folder):
+        as_bin(folder, {})
+        torch.save(make("Llama").state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+    damaged(write)
+
+
+def plain_pickle():
+    def write(folder):
+        as_bin(folder, {})
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": 1}))
+
+    damaged(write)
+
+
+def option(**options):
+    folder = saved(make("Llama"))
+    try:
+        tp_plugin.from_pretrained(folder, **options)
+    finally:
+        shutil.rmtree(folder.parent)
+
+
+def device_map():
+    option(device_map="cpu")
+
+
+def hub_kernels():
+    option(use_kernels=True)
+
+
+def adapter():
+    from peft import LoraConfig, get_peft_model
+
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    base, folder = Path(shared[0], "base"), Path(shared[0], "adapter")
+    model = make("Llama")
+    if dist.get_rank() == 0:
+        model.save_pretrained(base)
+        model.name_or_path = str(base)
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+        shutil.copy(base / "config.json", folder)
+    dist.barrier()
+    try:
+        tp_plugin.from_pretrained(folder, model_class=type(model))
+    finally:
+        dist.barrier()
+        shutil.rmtree(shared[0], ignore_errors=True)
+
+
+def state_dict_under_zero3():
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    tp_plugin.register()
+    model = make("Llama")
+    alive = HfDeepSpeedConfig(config_for(2, 3))
+    try:
+        LlamaForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    finally:
+        del alive
+
+
+DAMAGED = r"'./model/model-00002-of-00003.safetensors' is cut short or damaged"
+SENTENCES = {
+    "truncated": rf"{DAMAGED}: \d+ bytes where its header speaks of \d+; copy",
+    "truncated_on_one_rank": rf"{DAMAGED}.* \[on rank 1\]",
+    "header_flipped": rf"{DAMAGED}: its header cannot be read",
+    "header_flipped_on_one_rank": rf"{DAMAGED}.* \[on rank 0\]",
+    "file_missing": rf"cannot read '.*{SHARD}': No such file",
+    "file_missing_on_one_rank": rf"cannot read '.*{SHARD}': No such file.* \[on rank 1\]",
+    "index_names_a_missing_tensor": rf"index says that tensor 'model.layers.7.mlp.up_proj.weight' is in '{SHARD}', and",
+    "index_is_no_json": r"cannot load './model': JSONDecodeError: .* \[on rank 1\]",
+    "empty_file": rf"{DAMAGED}: a header of 0 bytes in a file of 0",
+    "empty_directory": r"the directory './model' is empty",
+    "no_directory": r"there is no directory '/no/such/directory'",
+    "no_weights": r"cannot load './model': OSError: Error no file named model.safetensors.* \[on rank 1\]",
+    "vocabulary_changed": r"'lm_head.weight' of './model' has shape \[131, 32\] where LlamaForCausalLM with its config "
+    r"has \[140, 32\] \(and 1 more\); correct the config, or pass ignore_mismatched_sizes=True",
+    "width_changed": r"has shape \[32, 53\] where LlamaForCausalLM with its config has \[32, 59\] \(and \d more\)",
+    "another_architecture": r"'./model' holds no weights of LlamaForCausalLM \(its tensors are named like '",
+    "ranks_differ": r"ranks 0 and 1 find different checkpoints under './model'",
+    "quantised": r"./model is quantised \(fp8\), and quantised weights cannot be sharded",
+    "cannot_be_sharded": r"5 query and 1 key/value heads cannot be sharded 2 ways",
+    "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",
+    "pickle_that_runs_code": r"'./model/pytorch_model.bin' as a file of plain tensors \(.*; convert it to safetensors",
+    "pickle_of_old": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
+    "plain_pickle": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
+    "device_map": r"device_map= cannot be given .* \(DeepSpeed moves the shards to their device\); leave it out",
+    "hub_kernels": r"use_kernels= cannot be given .* \(the forwards it replaces would bypass sharded layers",
+    "adapter": r"adapter' is an adapter; load its base model and put the adapter on it with PEFT",
+    "state_dict_under_zero3": r"state_dict= cannot be given .* \(it is whole on every rank already",
+}
+
+
+def told(found: dict) -> dict:
+    """Messages with the ranks that saw it inside of the sentence."""
+    return {name: (kind, re.sub(r"\. (\[on rank \d\])$", r" \1.", str(text))) for name, (kind, text) in found.items()}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_every_rank_raises_one_sentence(name):
+    message = sentence([told(found) for found in launched(2, __name__, tuple(SENTENCES))], name)
+    assert re.search(SENTENCES[name], message), message
+
+
+def test_no_code_of_a_pickle_has_run():
+    launched(2, __name__, tuple(SENTENCES))
+    assert not Path("/tmp/tp_plugin_was_here").exists()

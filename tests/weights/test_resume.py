@@ -1,0 +1,186 @@
+"""An engine's checkpoint against the run that was never interrupted: the same shape to the bit, any other by value.
+
+DeepSpeed's groups are made once a process, so each (world, tp) is a launch of its own, which saves and resumes many
+checkpoints; each checkpoint is a test of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+
+from tests.support import resume
+from tests.support.ranks import on_ranks
+from tests.support.resume import BF16, BF16_OPTIMIZER, FP16, OFFLOAD
+
+ROOT = tempfile.TemporaryDirectory()
+HUB = (4, 2, 1)  # world, tp, ZeRO stage
+SHAPES = [(tp * dp, tp, stage) for tp in (1, 2, 4) for dp in (1, 2) if tp * dp <= 4 for stage in (1, 2, 3)]
+SAMPLE = [(1, 1, 2), (2, 1, 3), (2, 2, 2), (4, 4, 3)]
+LIMIT = 1e-5
+
+DROPOUT = {"attention_dropout": 0.2}
+SAME = {
+    **{f"fp32 ZeRO-{stage}": (stage, DROPOUT) for stage in (0, 1, 2, 3)},
+    **{f"bf16 ZeRO-{stage}": (stage, {"extra": BF16}) for stage in (1, 2, 3)},
+    "BF16_Optimizer": (1, {"extra": BF16_OPTIMIZER}),
+    "fp16 ZeRO-1": (1, {"extra": FP16}),
+    "fp16 ZeRO-3": (3, {"extra": FP16}),
+    **{f"offload ZeRO-{stage}": (stage, {"extra": OFFLOAD}) for stage in (1, 2, 3)},
+}
+
+# what lies otherwise on tp 2 and tp 4: (stage at tp 2 x dp 2, stage at tp 4, options)
+FAMILIES = {
+    "packed Phi3": (1, 3, {"family": "phi3"}),
+    "Conv1D GPT2": (2, 1, {"family": "gpt2"}),
+    "grouped GPTNeoX": (3, 2, {"family": "gpt_neox"}),
+    "experts Mixtral": (1, 3, {"family": "Mixtral", "heads": (4, 2), "tied": False}),
+    "fused experts GptOss": (3, 1, {"family": "GptOss", "heads": (4, 2), "tied": False}),
+    "latent DeepseekV3": (2, 2, {"family": "DeepseekV3", "heads": (4, 4), "tied": False}),
+    "shared heads": (1, 2, {"family": "Qwen3", "heads": (12, 3), "tied": False}),
+    "untied": (2, 3, {"family": "Llama", "heads": (8, 2), "tied": False}),
+    "offloaded": (1, 3, {"extra": OFFLOAD}),
+    "bf16": (1, 3, {"extra": BF16}),
+    "BF16_Optimizer": (1, 2, {"extra": BF16_OPTIMIZER}),
+}
+
+
+def many(tp: int, jobs: list[tuple]) -> list[dict | str]:
+    """One rank's share of (function, stage, folder, options); an exception ends its job only."""
+    found: list[dict | str] = []
+    for name, stage, folder, options in jobs:
+        try:
+            found.append(getattr(resume, name)(tp, stage, folder, **options))
+        except Exception:
+            found.append(traceback.format_exc())
+    return found
+
+
+def launch(world: int, tp: int, jobs: list[tuple]) -> list[dict]:
+    """The first rank's answers; fails with what a rank raised."""
+    found = on_ranks(world, many, tp, jobs, timeout_s=600)
+    for rank, answers in enumerate(found):
+        for job, answer in zip(jobs, answers, strict=True):
+            assert isinstance(answer, dict), f"{job} on rank {rank} of {world}:\n{answer}"
+    return found[0]
+
+
+def folder(*parts: object) -> str:
+    return str(Path(ROOT.name, "-".join(str(part).replace(" ", "_") for part in parts)))
+
+
+def error(saved: dict, resumed: dict) -> float:
+    return max(abs(ours / theirs - 1) for ours, theirs in zip(resumed["after"], saved["after"], strict=True))
+
+
+def same_state(resumed: dict) -> None:
+    """What was loaded is what was saved: weights and moments, learning rates, steps."""
+    assert resume.worst_difference(resumed["path"], f"{resumed['own']}/again") == (0.0, "")
+    assert set(resumed["rates"]) == {1e-2 * resume.schedule(len(resume.BEFORE))}
+    assert (resumed["steps"], resumed["samples"]) == (7, 7 * resume.ROWS)
+
+
+# ---- the same shape --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def same_shape(world: int, tp: int, names: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """Those of ``SAME`` saved by one launch and resumed by another."""
+    jobs = [(SAME[name][0], folder("same", world, tp, len(names), name), SAME[name][1]) for name in names]
+    saved = launch(world, tp, [("save_then_go_on", *job) for job in jobs])
+    return saved, launch(world, tp, [("resume", *job) for job in jobs])
+
+
+def goes_on_to_the_bit(world: int, tp: int, names: tuple[str, ...], name: str) -> None:
+    saved, resumed = (answers[names.index(name)] for answers in same_shape(world, tp, names))
+    assert resumed["after"] == saved["after"]
+    same_state(resumed)
+    end = Path(folder("same", world, tp, len(names), name), "end")
+    assert resume.worst_difference(end, f"{resumed['own']}/end") == (0.0, "")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_shape_goes_on_to_the_bit(name):
+    goes_on_to_the_bit(2, 2, tuple(SAME), name)
+
+
+SOME = ("fp32 ZeRO-0", "fp32 ZeRO-2", "fp32 ZeRO-3", "BF16_Optimizer", "offload ZeRO-1")
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_so_does_it_with_data_parallel_ranks(name):
+    goes_on_to_the_bit(4, 2, SOME, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize(("world", "tp"), [(4, 2), (2, 1), (4, 4)])
+def test_so_does_every_shape(world, tp, name):
+    goes_on_to_the_bit(world, tp, tuple(SAME), name)
+
+
+# ---- other shapes ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def crossed(shapes: tuple[tuple[int, int, int], ...]) -> dict[tuple, tuple[dict, dict]]:
+    """("from" or "to", shape) -> (the run that went on, the one that resumed): the hub's at each, each at the hub."""
+    world, tp, stage = HUB
+    whole = folder("hub", len(shapes))
+    hub = launch(world, tp, [("save_then_go_on", stage, whole, {})])[0]
+    found, of_shape = {}, {}
+    for degrees in dict.fromkeys(shape[:2] for shape in shapes):
+        mine = [shape for shape in shapes if shape[:2] == degrees]
+        jobs = [("resume", shape[2], whole, {}) for shape in mine]
+        jobs += [("save_then_go_on", shape[2], folder("shape", *shape, len(shapes)), {}) for shape in mine]
+        answers = launch(*degrees, jobs)
+        for index, shape in enumerate(mine):
+            found["from", shape] = hub, answers[index]
+            of_shape[shape] = answers[len(mine) + index]
+    back = launch(world, tp, [("resume", stage, folder("shape", *shape, len(shapes)), {}) for shape in shapes])
+    for shape, answer in zip(shapes, back, strict=True):
+        found["to", shape] = of_shape[shape], answer
+    return found
+
+
+def name_of(shape: tuple[int, int, int]) -> str:
+    world, tp, stage = shape
+    return f"tp{tp}xdp{world // tp}-ZeRO{stage}"
+
+
+@pytest.mark.parametrize("way", ["from", "to"])
+@pytest.mark.parametrize("shape", SAMPLE, ids=name_of)
+def test_another_shape_goes_on(shape, way):
+    saved, resumed = crossed(tuple(SAMPLE))[way, shape]
+    assert error(saved, resumed) < LIMIT
+    same_state(resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["from", "to"])
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_every_shape_goes_on(shape, way):
+    saved, resumed = crossed(tuple(SHAPES))[way, shape]
+    assert error(saved, resumed) < LIMIT
+    same_state(resumed)
+
+
+@functools.cache
+def families() -> tuple[list[dict], list[dict]]:
+    """Each of ``FAMILIES`` saved at tp 2 x dp 2 and resumed at tp 4."""
+    names = [folder("family", name) for name in FAMILIES]
+    cases = list(zip(FAMILIES.values(), names, strict=True))
+    saved = launch(4, 2, [("save_then_go_on", case[0], name, case[2]) for case, name in cases])
+    return saved, launch(4, 4, [("resume", case[1], name, case[2]) for case, name in cases])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kind_of_layout_finds_its_place(name):
+    saved, resumed = (answers[list(FAMILIES).index(name)] for answers in families())
+    # half precision rounds sums over ranks otherwise; what was loaded is exact all the same
+    assert error(saved, resumed) < (2e-3 if "16" in name else LIMIT)
+    same_state(resumed)

@@ -1,0 +1,134 @@
+"""Adapters of a sharded model saved in PEFT's own format, with full shapes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import Trainer
+
+from tp_plugin.errors import TensorParallelError, agree, meet
+from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.integrations.transformers.export import Written, collects_nothing
+from tp_plugin.sharding import state_of
+from tp_plugin.weights.gather import gathered, unwrapped
+from tp_plugin.weights.stream import persistent
+
+
+def check_contracts() -> None:
+    """See :func:`tp_plugin.integrations.peft.check_contracts`."""
+    contract(PeftModel, "save_pretrained", ["save_directory"], "adapters are saved with full shapes")
+    contract(Trainer, "save_model", ["output_dir", "_internal_call"], "adapters alone are gathered for it")
+
+
+def install(patches: Patches) -> None:
+    """Lay the patches; models that are not sharded are saved as ever."""
+    patches.replace(PeftModel, "save_pretrained", _save_pretrained_method)
+    patches.replace(Trainer, "save_model", _save_model_method)
+
+
+def save_adapters(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
+    """Write the adapters of a ``PeftModel`` as PEFT does, for one process to load. A collective call.
+
+    Args:
+        model_or_engine: the sharded ``PeftModel``, or an engine around it.
+        directory: created if missing; an adapter there is replaced when the new one is complete.
+        options: of ``PeftModel.save_pretrained``: ``selected_adapters``, ``save_embedding_layers``.
+
+    Raises:
+        TensorParallelError: on every rank, when writing failed.
+    """
+    model: Any = unwrapped(model_or_engine)
+    meet("save_pretrained")
+    if options.pop("push_to_hub", False):
+        agree("adapters are not pushed to the hub while they are saved; upload the directory afterwards.")
+    for given in ("is_main_process", "state_dict"):
+        options.pop(given, None)
+    error: str | None = None
+    tensors = _saved(model, options)
+    state = gathered(model_or_engine, tensors)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        staging = Path(directory) / f".saving-{secrets.token_hex(4)}"
+        try:
+            staging.mkdir(parents=True)
+            _ORIGINAL(model, str(staging), state_dict=state, **options)
+            _publish(staging, Path(directory))
+        except Exception as failure:  # whatever it was, every rank must learn of it
+            error = f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
+        shutil.rmtree(staging, ignore_errors=True)
+    agree(error)
+
+
+_ORIGINAL = PeftModel.save_pretrained
+
+
+def _saved(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What of the model PEFT would write, by its name in the model."""
+    everything = persistent(model)
+    asked = {name: options[name] for name in ("save_embedding_layers",) if name in options}
+    taken: set[int] = set()
+    for adapter in options.get("selected_adapters") or list(model.peft_config):
+        found = get_peft_model_state_dict(model, state_dict=dict(everything), adapter_name=adapter, **asked)
+        taken |= {id(tensor) for tensor in found.values()}
+        encoder = getattr(model, "prompt_encoder", None)
+        if model.peft_config[adapter].is_prompt_learning and encoder is not None:
+            taken |= {id(tensor) for tensor in encoder.parameters()}
+    return {name: tensor for name, tensor in everything.items() if id(tensor) in taken}
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Move what was written into place, configs last: without one nobody loads an adapter."""
+    fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    for path in sorted(fresh, key=lambda path: path.name == "adapter_config.json"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        target = directory / path.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+
+
+def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
+        state = options.get("state_dict")
+        if isinstance(state, Written):
+            return
+        if state is not None or state_of(self) is None:
+            original(self, save_directory, *args, **options)
+        elif (
+            args
+            or options.get("path_initial_model_for_weight_conversion")
+            or not options.pop("safe_serialization", True)
+        ):
+            raise TensorParallelError(
+                "save_pretrained of a sharded PeftModel writes safetensors and takes its options by name, and "
+                "path_initial_model_for_weight_conversion not at all; convert the adapter after it is saved."
+            )
+        else:
+            save_adapters(self, save_directory, **options)
+
+    return save_pretrained
+
+
+def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Trainer would gather the full model on rank 0 to write its adapters."""
+
+    @functools.wraps(original)
+    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        model = unwrapped(self.model)
+        if state_of(model) is None or not isinstance(model, PeftModel):
+            original(self, output_dir, _internal_call)
+            return
+        save_adapters(self.model_wrapped, output_dir or self.args.output_dir or ".")
+        with collects_nothing(self.accelerator):
+            original(self, output_dir, _internal_call)
+
+    return save_model

@@ -1,0 +1,318 @@
+"""``save_pretrained`` of a sharded model: an ordinary HF directory, streamed.
+
+transformers itself says what belongs into it. Its ``save_pretrained`` runs once, on rank 0, on tensors without data:
+config and code are written, tied names dropped, conversions reverted, shards numbered; and where it would write
+weights, what they are made of is taken down. Then all ranks stream them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, Trainer, core_model_loading, modeling_utils
+from transformers.utils import hub
+
+from tp_plugin.errors import TensorParallelError, agree, meet
+from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding import state_of
+from tp_plugin.weights.gather import mesh_of, unwrapped
+from tp_plugin.weights.safetensors_file import SafetensorsFile
+from tp_plugin.weights.stream import Output, View, between_steps, full_shape, persistent, stream
+
+INDEX = "model.safetensors.index.json"
+Files = list[tuple[str, list[Output], dict[str, str]]]
+"""(file name, what it holds, the metadata of its header) of every file of weights."""
+
+
+class Written(dict):
+    """Stands for a state dict whose tensors are in the directory already."""
+
+
+def check_contracts() -> None:
+    why = "a sharded model's save_pretrained is streamed through it"
+    contract(modeling_utils, "safe_save_file", ["tensors", "filename", "metadata"], why)
+    contract(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], why)
+    contract(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], why)
+    contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
+    contract(hub, "create_and_tag_model_card", ["repo_id"], "push_to_hub makes its model card")
+
+
+def install(patches: Patches) -> None:
+    patches.replace(PreTrainedModel, "save_pretrained", _save_pretrained_method)
+    patches.replace(Trainer, "save_model", _save_model_method)
+
+
+def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
+    """See :func:`tp_plugin.save_pretrained`."""
+    model: Any = unwrapped(model_or_engine)
+    if not isinstance(model, PreTrainedModel):
+        raise TensorParallelError(
+            f"{type(model).__name__} is not a transformers model; write tp_plugin.full_state_dict(model) yourself."
+        )
+    meet("save_pretrained")
+    directory, first = Path(directory), not dist.is_initialized() or dist.get_rank() == 0
+    push = {name: options.pop(name) for name in ("push_to_hub", *_HUB_OPTIONS) if name in options}
+    options.pop("is_main_process", None)
+    staging, files = directory / f".saving-{secrets.token_hex(4)}", Files()
+    error: str | None = None
+    if first:
+        try:
+            staging.mkdir(parents=True)
+            files = _described(model, staging, options)
+        except Exception as failure:  # whatever it was, every rank must learn of it
+            error = _sentence(directory, failure)
+    try:
+        agree(error)
+        staging, files = _from_first((staging, files))
+        agree(_written(model_or_engine, model, staging, files))
+        if first:
+            try:
+                _publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
+            except Exception as failure:
+                error = _sentence(directory, failure)
+        agree(error)
+    finally:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()  # nobody sees the directory before it is tidy
+    if push.get("push_to_hub"):
+        if first:
+            try:
+                _push(model, directory, push)
+            except Exception as failure:
+                error = f"{str(directory)!r} is written, pushing it failed: {type(failure).__name__}: {failure}"
+        agree(error)
+
+
+_HUB_OPTIONS = ("repo_id", "token", "commit_message", "create_pr", "private", "revision", "commit_description", "tags")
+
+
+def _sentence(directory: Path, failure: Exception) -> str:
+    return f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
+
+
+def _from_first(value: Any) -> Any:
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+# ---- what transformers would write ----------------------------------------------------------------------------------
+
+
+class _Tracing(TorchFunctionMode):
+    """Remembers of which named tensors each tensor was made, and makes no copies, so that a view stays one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.contiguous, torch.Tensor.clone):
+            return args[0]
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if made:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            names = tuple(dict.fromkeys(name for leaf in given for name in leaf.__dict__.get("tp_sources", ())))
+            for leaf in made:
+                leaf.tp_sources = names  # type: ignore[attr-defined]
+        return out
+
+
+def _described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
+    """Let transformers write everything but weights into ``staging``; what it would have written of those."""
+    sources, hollow = persistent(model), {}
+    for name, tensor in sources.items():
+        hollow[name] = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+        hollow[name].tp_sources = (name,)  # type: ignore[attr-defined]
+    storages = {StorageWeakRef(tensor.untyped_storage()): name for name, tensor in hollow.items()}
+    files: Files = []
+
+    def take_down(tensors: Mapping[str, torch.Tensor], filename: str, metadata: dict[str, str] | None = None) -> None:
+        outputs = []
+        for name, tensor in tensors.items():
+            source = storages.get(StorageWeakRef(tensor.untyped_storage()))
+            shape = tuple(tensor.shape)
+            view = View(shape, tensor.stride(), int(tensor.storage_offset())) if source is not None else None
+            made_of = (source,) if source is not None else tensor.tp_sources  # type: ignore[attr-defined]
+            outputs.append(Output(name, tensor.dtype, shape, made_of, view))
+        files.append((os.path.basename(filename), outputs, metadata or {}))
+
+    options = {"max_shard_size": "5GB"} | dict(options)
+    original = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = take_down  # type: ignore[assignment]
+    try:
+        with _Tracing():
+            model.save_pretrained(staging, state_dict=dict(hollow), is_main_process=True, **options)
+    finally:
+        modeling_utils.safe_save_file = original
+    for index in staging.glob("*.index*.json"):
+        text = json.loads(index.read_text())  # transformers counted the parameters of this rank
+        distinct = {id(tensor): full_shape(tensor) for tensor in model.parameters()}
+        text["metadata"]["total_parameters"] = sum(map(math.prod, distinct.values()))
+        index.write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+    return files
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def _written(engine: Any, model: Any, staging: Path, files: Files) -> str | None:
+    """Stream every file into ``staging``; this rank's error, if it had one."""
+    mesh, tensors, error = mesh_of(model), persistent(model), None
+    writers = _writers(mesh, staging)
+    with between_steps(engine):
+        for number, (filename, outputs, metadata) in enumerate(files):
+            replica, writer = writers[number % len(writers)]
+            file: SafetensorsFile | None = None
+            if (mesh.dp_rank, mesh.tp_rank) == (replica, writer) and error is None:
+                try:
+                    header = {output.name: (output.dtype, output.shape) for output in outputs}
+                    file = SafetensorsFile(staging / filename, header, metadata)
+                except (OSError, ValueError) as failure:
+                    error = _sentence(staging.parent, failure)
+            failed: list[Exception] = []
+
+            def sink(output: Output, elements: torch.Tensor, start: int, file=file, failed=failed) -> None:  # type: ignore[no-untyped-def]
+                if file is None or failed:
+                    return  # the collectives go on, or the other ranks would wait
+                try:
+                    file.write(output.name, elements, start)
+                except (OSError, ValueError) as failure:
+                    failed.append(failure)
+
+            compute = functools.partial(core_model_loading.revert_weight_conversion, model)
+            stream(tensors, outputs, mesh, replica=replica, writer=writer, sink=sink, compute=compute)
+            if file is not None:
+                try:
+                    if failed:
+                        raise failed[0]
+                    file.close()
+                except (OSError, ValueError) as failure:
+                    error = _sentence(staging.parent, failure)
+    return error
+
+
+def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
+    """(replica, TP rank) of every rank that sees the directory, neighbours in different replicas."""
+    if not dist.is_initialized():
+        return [(0, 0)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mesh.tp_rank, mesh.dp_rank, staging.is_dir()))
+    return [(replica, rank) for rank, replica, sees in sorted(everyone) if sees]
+
+
+def _publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> None:
+    """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves."""
+    fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    for path in fresh:
+        _fsync(path)
+    (directory / "config.json").unlink(missing_ok=True)
+    infix = f".{variant}" if variant else ""
+    stale = set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
+    stale |= {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
+    for path in stale - {directory / name for name in weights}:
+        path.unlink(missing_ok=True)
+    for path in sorted(fresh, key=lambda path: (path.name == "config.json", path.name not in weights)):
+        target = directory / path.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _push(model: Any, directory: Path, options: Mapping[str, Any]) -> None:
+    """Upload the directory's files of a model, as transformers' own ``push_to_hub=True`` does."""
+    from huggingface_hub import HfApi
+
+    token = options.get("token")
+    api = HfApi(token=token)
+    name = options.get("repo_id") or directory.name
+    repo = api.create_repo(name, exist_ok=True, private=options.get("private")).repo_id
+    hub.create_and_tag_model_card(repo, model.model_tags, token=token).save(directory / "README.md")
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=directory,
+        allow_patterns=["*.safetensors", "*.index.json", "config.json", "generation_config.json", "*.py", "README.md"],
+        ignore_patterns=["*/*"],
+        commit_message=options.get("commit_message") or "Upload model",
+        commit_description=options.get("commit_description"),
+        create_pr=options.get("create_pr", False),
+        revision=options.get("revision"),
+    )
+
+
+# ---- whoever saves --------------------------------------------------------------------------------------------------
+
+
+def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(
+        self: PreTrainedModel,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        if isinstance(state_dict, Written):
+            return
+        if state_dict is not None or state_of(self) is None:
+            original(self, save_directory, is_main_process, state_dict, *args, **options)
+        elif args:
+            raise TensorParallelError(
+                "save_pretrained of a sharded model takes directory, is_main_process and state_dict by position; give "
+                "its other options by name."
+            )
+        else:
+            save(self, os.fspath(save_directory), **options)
+
+    return method
+
+
+def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Trainer would gather the full model on rank 0; it is streamed, and Trainer writes what else there is."""
+
+    @functools.wraps(original)
+    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        model = unwrapped(self.model)
+        if state_of(model) is None or not isinstance(model, PreTrainedModel):
+            original(self, output_dir, _internal_call)
+            return
+        save(self.model_wrapped, output_dir or self.args.output_dir or ".")
+        with collects_nothing(self.accelerator):
+            original(self, output_dir, _internal_call)
+
+    return save_model
+
+
+@contextlib.contextmanager
+def collects_nothing(accelerator: Any) -> Iterator[None]:
+    accelerator.get_state_dict = lambda *_args, **_kwargs: Written()
+    try:
+        yield
+    finally:
+        del accelerator.get_state_dict

@@ -1,0 +1,276 @@
+"""Tensors of a checkpoint's files by name, read slice by slice.
+
+safetensors is a header (its length, then JSON: name -> dtype, shape, place) before plain row-major bytes, so a slice is
+a few byte ranges. What is contiguous goes from the file straight into its destination; what is not (columns of a
+matrix) is copied out of a mapping of the file, of which at most :data:`WINDOW` bytes are resident at a time. The copies
+are ours, so nothing but the destination counts towards the process, and an unreadable disk is an exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tp_plugin.errors import TensorParallelError
+
+WINDOW = 8 << 20
+"""Bytes of staging, or of a mapped file, at a time."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # as safetensors itself has it
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: ``start`` is its first byte in ``file``."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class Reader:
+    """Open with :meth:`open`; a context manager that closes the files.
+
+    Attributes:
+        bytes_read: bytes of tensors asked for so far, headers not counted.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._entries, self._tensors = dict(entries), dict(tensors)
+        self._files: dict[str, int] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self.bytes_read = 0
+
+    @classmethod
+    def open(cls, files: Sequence[str | Path], index: Mapping[str, str] | None = None) -> Reader:
+        """Read and check every header; no tensor is read.
+
+        Args:
+            files: safetensors files, or pickles (``.bin``) that ``torch.load(weights_only=True)`` can map.
+            index: name -> file name, as an index file has it; each name must be in its file.
+
+        Raises:
+            TensorParallelError: on this rank alone, in one sentence: a file that is missing, cut short or no
+                checkpoint, a tensor that is in two files or not where the index says.
+        """
+        entries: dict[str, Entry] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        where: dict[str, str] = {}
+        for file in map(str, files):
+            if file.endswith(".safetensors"):
+                found: Mapping[str, Any] = _header(file)
+                entries |= found
+            else:
+                found = _unpickled(file)
+                tensors |= found
+            for name in found:
+                if name in where:
+                    raise TensorParallelError(f"tensor {name!r} is in {where[name]!r} and again in {file!r}.")
+                where[name] = file
+        for name, named in (index or {}).items():
+            if Path(where.get(name, "")).name != Path(named).name:
+                raise TensorParallelError(
+                    f"the checkpoint's index says that tensor {name!r} is in {named!r}, and it is not there; copy the "
+                    "checkpoint again."
+                )
+        return cls(entries, tensors)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; calling it again does nothing."""
+        for mapped in self._maps.values():
+            mapped.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._maps, self._files, self._tensors = {}, {}, {}
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return [*self._entries, *self._tensors]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entries[name].shape if name in self._entries else tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype it is stored in."""
+        return self._entries[name].dtype if name in self._entries else self._tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """A slice (None: all) of a tensor, in the dtype it is stored in."""
+        index = index or tuple(slice(0, n) for n in self.shape(name))
+        out = torch.empty([one.stop - one.start for one in index], dtype=self.dtype(name))
+        self.read_into(out, name, index)
+        return out
+
+    def read_into(self, out: torch.Tensor, name: str, index: Index | None = None) -> None:
+        """Read a slice of a tensor into ``out``, cast to its dtype.
+
+        Args:
+            out: shaped as the slice; may be strided.
+            index: a slice with start and stop for each dimension, such as those of ``ShardLayout.slices``; None: all.
+
+        Raises:
+            TensorParallelError: the file ends before the slice does, on this rank alone.
+        """
+        index = index or tuple(slice(0, n) for n in self.shape(name))
+        shape = tuple(one.stop - one.start for one in index)
+        if tuple(out.shape) != shape:
+            raise ValueError(f"out has shape {tuple(out.shape)} where the slice of {name!r} has {shape}")
+        if not out.numel():
+            return
+        self.bytes_read += out.numel() * self.dtype(name).itemsize
+        with torch.no_grad():
+            if name in self._tensors:
+                out.copy_(self._tensors[name][index])
+            elif self._is_contiguous(name, index):
+                self._stream(out, name, index)
+            else:
+                self._gather(out, name, index)
+
+    # ---- the two ways of reading -----------------------------------------------------------------------------------
+
+    def _is_contiguous(self, name: str, index: Index) -> bool:
+        """Whether the slice is whole in every dimension but the first."""
+        whole = self.shape(name)
+        return all(one.stop - one.start == size for one, size in zip(index[1:], whole[1:], strict=True))
+
+    def _stream(self, out: torch.Tensor, name: str, index: Index) -> None:
+        entry = self._entries[name]
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        start = entry.start + (index[0].start * row if index else 0)
+        if out.is_contiguous() and out.dtype == entry.dtype and out.device.type == "cpu":
+            self._pread(out, entry.file, start)
+            return
+        for first, piece in _rows(out, row) if entry.shape else [(0, out)]:
+            staged = torch.empty(piece.shape, dtype=entry.dtype)
+            self._pread(staged, entry.file, start + first * row)
+            piece.copy_(staged)
+
+    def _pread(self, out: torch.Tensor, file: str, start: int) -> None:
+        left = memoryview(out.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        while left:
+            try:
+                count = os.preadv(self._files[file], [left], start)
+            except OSError as failure:
+                raise TensorParallelError(f"cannot read {file!r}: {failure}") from failure
+            if not count:
+                raise TensorParallelError(f"{file!r} became shorter while it was read.")
+            left, start = left[count:], start + count
+
+    def _gather(self, out: torch.Tensor, name: str, index: Index) -> None:
+        entry = self._entries[name]
+        row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        aligned = entry.start % entry.dtype.itemsize == 0
+        for first, piece in _rows(out, row):
+            start = entry.start + (index[0].start + first) * row
+            shape = (piece.shape[0], *entry.shape[1:])
+            if aligned:
+                whole = self._mapped(entry, start, shape)
+            else:  # tensors of another file format's making: torch maps whole elements only
+                whole = torch.empty(shape, dtype=entry.dtype)
+                self._pread(whole, entry.file, start)
+            piece.copy_(whole[(slice(None), *index[1:])])
+            del whole
+            if aligned:
+                self._release(entry.file, start, piece.shape[0] * row)
+
+    def _mapped(self, entry: Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        if entry.file not in self._maps:
+            with open(entry.file, "rb") as file:
+                # private, so that torch may take it for writable; nothing is written
+                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = self._maps[entry.file]
+        return torch.frombuffer(mapped, dtype=entry.dtype, count=math.prod(shape), offset=start).view(shape)
+
+    def _release(self, file: str, start: int, size: int) -> None:
+        """Unmap the pages again: they stay in the page cache and no longer count as this process's."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[file].madvise(mmap.MADV_DONTNEED, first, start + size - first)
+
+
+def _rows(out: torch.Tensor, row: int) -> list[tuple[int, torch.Tensor]]:
+    """``out`` in pieces along its first dimension that span at most :data:`WINDOW` bytes of the file, or one row."""
+    step = max(1, WINDOW // max(row, 1))
+    return [(first, out.narrow(0, first, min(step, out.shape[0] - first))) for first in range(0, out.shape[0], step)]
+
+
+def _header(file: str) -> dict[str, Entry]:
+    """The tensors of a safetensors file, once its header fits its size."""
+    cut = f"{file!r} is cut short or damaged"
+    remedy = "copy or download it again."
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise TensorParallelError(f"{cut}: a header of {length} bytes in a file of {size}; {remedy}")
+            text = opened.read(length)
+    except OSError as failure:
+        raise TensorParallelError(f"cannot read {file!r}: {failure.strerror or failure}; {remedy}") from failure
+    entries, end = {}, 0
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if one["dtype"] not in DTYPES:
+                raise TensorParallelError(
+                    f"tensor {name!r} of {file!r} is of dtype {one['dtype']!r}, which cannot be trained; name a "
+                    "checkpoint of floating-point weights."
+                )
+            dtype, shape, (start, stop) = DTYPES[one["dtype"]], tuple(one["shape"]), one["data_offsets"]
+            if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+                raise TensorParallelError(f"{cut}: tensor {name!r} does not lie where its shape says; {remedy}")
+            entries[name], end = Entry(file, dtype, shape, 8 + length + start), stop
+    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        if isinstance(failure, TensorParallelError):
+            raise
+        raise TensorParallelError(f"{cut}: its header cannot be read; {remedy}") from failure
+    if 8 + length + end != size:
+        raise TensorParallelError(f"{cut}: {size} bytes where its header speaks of {8 + length + end}; {remedy}")
+    return entries
+
+
+def _unpickled(file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, mapped: their pages are read when they are copied."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as failure:  # of many kinds: pickle's, zip's, torch's
+        raise TensorParallelError(
+            f"cannot read {file!r} as a file of plain tensors ({_first_line(failure)}); convert it to safetensors with "
+            "save_pretrained where you trust it."
+        ) from failure
+    if not isinstance(found, Mapping):
+        raise TensorParallelError(f"{file!r} holds a {type(found).__name__} where a state dict was expected.")
+    return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _first_line(failure: BaseException) -> str:
+    lines = str(failure).strip().splitlines()
+    return (lines[0].split(". ")[0].rstrip(".") if lines else "") or type(failure).__name__
