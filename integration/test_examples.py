@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from integration.scripts import tiny
 from integration.scripts.launching import ENVIRONMENT, ROOT, accelerate_launch, deepspeed_config
+from tests.support import chat
 
 TOLD_BY_CLOCKS = ("runtime", "per_second")
 COMMON = ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
@@ -25,29 +27,19 @@ COMMON = ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with its tokenizer, and texts of words it knows."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     made = tmp_path_factory.mktemp("examples")
-    words = {f"w{number}": number for number in range(tiny.VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2")
-    fast.chat_template = "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }} {% endfor %}"
-    fast.save_pretrained(made / "model")
+    chat.tokenizer().save_pretrained(made / "model")
     model = tiny.model()
-    model.config.pad_token_id, model.config.eos_token_id = 0, 2
+    model.config.pad_token_id, model.config.eos_token_id = 0, 3
     model.save_pretrained(made / "model")
     draw = random.Random(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{draw.randrange(5, tiny.VOCAB)}" for _ in range(length))
 
     def lines(name: str, rows: list[dict]) -> None:
         (made / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
-    lines("train.jsonl", [{"text": text(draw.randrange(10, 60))} for _ in range(24)])
-    lines("held_out.jsonl", [{"text": text(40)} for _ in range(6)])
-    lines("pairs.jsonl", [{"prompt": text(draw.randrange(3, 9)), "completion": text(6)} for _ in range(24)])
+    lines("train.jsonl", [{"text": chat.words(draw, 10, 60)} for _ in range(24)])
+    lines("held_out.jsonl", [{"text": chat.words(draw, 40, 40)} for _ in range(6)])
+    lines("chats.jsonl", chat.rows("chat", 32))
     return made
 
 
@@ -75,7 +67,7 @@ def run(folder: Path, name: str, script: str, arguments: list[str], rows: int) -
 
 def test_run_clm(folder):
     arguments = ["--model", f"{folder}/model", "--train_file", f"{folder}/train.jsonl", "--block_size", "12",
-                 "--validation_file", f"{folder}/held_out.jsonl", "--max_steps", "4", "--prompt", "w7 w8 w9",
+                 "--validation_file", f"{folder}/held_out.jsonl", "--max_steps", "4", "--prompt", "w30 w54 w6",
                  "--max_new_tokens", "5"]  # fmt: skip
     found = run(folder, "clm", "run_clm.py", arguments, rows=4)
     assert_same_log(found)
@@ -83,9 +75,27 @@ def test_run_clm(folder):
     results = [json.loads((one["out"] / "eval_results.json").read_text()) for one in found.values()]
     assert_same_numbers(*results)
     assert results[0].keys() >= {"eval_loss", "eval_perplexity", "eval_accuracy"}
-    written = [line for line in found["plain"]["printed"].splitlines() if line.startswith("w7 w8 w9")]
+    written = [line for line in found["plain"]["printed"].splitlines() if line.startswith("w30 w54 w6")]
     assert len(written) == 1
     assert found["sharded"]["printed"].splitlines().count(written[0]) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_sft_trl(folder, rank):
+    arguments = ["--model", f"{folder}/model", "--data", f"{folder}/chats.jsonl", "--held_out", "0.25",
+                 "--max_steps", "4", "--bf16", "false", "--lora_rank", str(rank)]  # fmt: skip
+    found = run(folder, f"sft {rank}", "sft_trl.py", arguments, rows=4)
+    assert_same_log(found)
+    keys = {key for entry in found["plain"]["log"] for key in entry}
+    assert keys >= {"entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_mean_token_accuracy"}
+    if not rank:
+        assert_same_weights(found, AutoModelForCausalLM.from_pretrained)
+        return
+    theirs, ours = (load_file(one["out"] / "adapter_model.safetensors") for one in found.values())
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+    assert all(tensor.norm() > 0 for name, tensor in theirs.items() if "lora_B" in name)
 
 
 def assert_same_log(found: dict[str, dict]) -> None:

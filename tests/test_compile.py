@@ -67,6 +67,7 @@ def inductor() -> dict:
 
 
 def fullgraph() -> None:
+    torch._dynamo.reset()  # frames that were given up before are not tried again
     torch.compile(sharded(make("Llama")), backend="eager", fullgraph=True)(**batch(0, 2))
 
 

@@ -50,15 +50,15 @@ def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
     raise TensorParallelError(" | ".join(parts))
 
 
-def meet(what: str, patience: float = 60.0) -> None:
-    """Wait until every rank is in ``what``; a collective call over the world.
+def meet(what: str, patience: float = 60.0, group: dist.ProcessGroup | None = None) -> None:
+    """Wait until every rank is in ``what``; a collective call over ``group``, None for the world.
 
     A rank that waits longer than ``patience`` seconds says on stderr what it waits for: a call that is made on one
     rank only would otherwise be silence until the process group's timeout.
     """
     if not dist.is_available() or not dist.is_initialized():
         return
-    work, since, said = dist.barrier(async_op=True), time.monotonic(), False
+    work, since, said = dist.barrier(group, async_op=True), time.monotonic(), False
     while not work.is_completed():
         time.sleep(0.001)
         if not said and time.monotonic() - since > patience:

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations import deepspeed as trainer_side
 from transformers.integrations import moe
 from transformers.modeling_utils import ModuleUtilsMixin
-from transformers.utils import hub
+from transformers.utils import PushToHubMixin, hub
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.transformers import (
@@ -23,6 +23,7 @@ from tp_plugin.integrations.transformers import (
     generate,
     loading,
     parameters,
+    push,
     rates,
     reading,
     record,
@@ -58,6 +59,7 @@ def test_every_name_is_where_we_expect_it(part):
         (parameters, trainer, "get_model_param_count"),
         (parameters, Trainer, "get_num_trainable_parameters"),
         (parameters, Trainer, "floating_point_ops"),
+        (push, PushToHubMixin, "push_to_hub"),
         (rates, trainer, "speed_metrics"),
         (rates, Trainer, "evaluate"),
         (rates, Trainer, "predict"),

@@ -10,6 +10,7 @@ from tp_plugin.integrations.transformers import (
     generate,
     loading,
     parameters,
+    push,
     rates,
     reading,
     record,
@@ -17,7 +18,7 @@ from tp_plugin.integrations.transformers import (
 )
 
 _PATCHES = Patches()
-_PARTS = (loading, first_step, export, generate, parameters, rates, reading, record, tokens)
+_PARTS = (loading, first_step, export, generate, parameters, push, rates, reading, record, tokens)
 
 
 def install() -> None:

@@ -6,19 +6,16 @@ random states would feed each other tokens of different texts, and nothing would
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.continuous_batching import ContinuousMixin
 
 from tp_plugin.collectives import all_gather
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, meet
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
@@ -50,9 +47,9 @@ def _generate_method(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         mesh = mesh_of(self)
         if mesh is not None and mesh.tp_group is not None:
-            with _saying_what_it_waits_for(mesh):
-                _compare(args, kwargs, mesh)
-                bring_in_step(self, mesh)
+            meet("generate()", LATE_S, mesh.tp_group)
+            _compare(args, kwargs, mesh)
+            bring_in_step(self, mesh)
         return original(self, *args, **kwargs)
 
     return generate
@@ -86,22 +83,3 @@ def _compare(args: tuple, kwargs: dict[str, Any], mesh: ParallelMesh) -> None:
             "neighbouring ranks the same (split prompts by dp rank = rank // tp_size, as "
             "Accelerator.split_between_processes does)."
         )
-
-
-@contextlib.contextmanager
-def _saying_what_it_waits_for(mesh: ParallelMesh) -> Iterator[None]:
-    def say() -> None:
-        print(
-            f"tp_plugin: WARNING: generate() on rank {dist.get_rank()} waits for the other ranks of its "
-            f"tensor-parallel group ({dist.get_process_group_ranks(mesh.tp_group)}); every one of them has to call it, "
-            "so call it outside of `if rank == 0`.",
-            flush=True,
-        )
-
-    timer = threading.Timer(LATE_S, say)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

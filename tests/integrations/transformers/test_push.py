@@ -1,0 +1,83 @@
+"""Pushing to the hub, whose API is played by a directory: one upload, of a model that plain transformers loads."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.utils.hub
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import tp_plugin
+from tests.support.cases import launched, values
+from tests.support.models import batch, make
+from tests.support.trainings import DATA, config_of, model_of, padded
+from tp_plugin.config import TensorParallelConfig
+
+
+class Hub:
+    """What was uploaded, in a directory."""
+
+    def __init__(self) -> None:
+        self.uploads, self.directory = 0, Path(tempfile.mkdtemp())
+
+    def __enter__(self) -> "Hub":
+        def upload(_api, *, repo_id, folder_path, **_options):
+            self.uploads += 1
+            shutil.copytree(folder_path, self.directory / repo_id, dirs_exist_ok=True)
+
+        created = SimpleNamespace(repo_id="me/model")
+        card = SimpleNamespace(save=lambda path: Path(path).write_text("card"), data=SimpleNamespace(tags=[]))
+        self.patches = [
+            mock.patch.object(HfApi, "create_repo", lambda _api, *_args, **_options: created),
+            mock.patch.object(HfApi, "upload_folder", upload),
+            mock.patch.object(transformers.utils.hub, "create_and_tag_model_card", lambda *_args, **_options: card),
+            mock.patch.object(Trainer, "create_model_card", lambda *_args, **_options: None),
+        ]
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+
+def of_a_model() -> tuple[int, str]:
+    model = make("Llama")
+    tp_plugin.shard_model(model, TensorParallelConfig(tp_size=2, quiet=True))
+    with Hub() as hub:
+        model.push_to_hub("me/model")
+    return hub.uploads, str(hub.directory / "me/model")
+
+
+def of_a_trainer() -> tuple[int, str]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    tp_plugin.register()
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    arguments = TrainingArguments(
+        folder[0], deepspeed=config_of(1), max_steps=1, per_device_train_batch_size=2, report_to="none",
+        learning_rate=0.0, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model=model_of("causal"), args=arguments, train_dataset=DATA["plain"](4), data_collator=padded)
+    trainer.train()
+    with Hub() as hub:
+        trainer.push_to_hub()
+    return hub.uploads, str(hub.directory / "me/model")
+
+
+@pytest.mark.parametrize("case", ["of_a_model", "of_a_trainer"])
+def test_a_push_uploads_the_whole_model_once(case):
+    (uploads, folder), (others, _) = values(launched(2, __name__, ("of_a_model", "of_a_trainer")), case)
+    assert (uploads, others) == (1, 0)
+    plain = make("Llama") if case == "of_a_model" else model_of("causal")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch(0, 2)).logits, plain.eval()(**batch(0, 2)).logits)
