@@ -25,6 +25,7 @@ CASES = Matrix(
             {"family": "Qwen3", "stage": 1, "way": "late", "adapter": "norms to save"},
             {"family": "Mixtral", "stage": 1, "way": "late", "adapter": "experts"},
             {"family": "Qwen2Moe", "stage": 2, "adapter": "every linear"},
+            {"family": "DeepseekV3", "stage": 1, "adapter": "every linear"},
             {"family": "Llama", "stage": 1, "adapter": "IA3"},
             {"family": "Llama", "stage": 3, "way": "late", "adapter": "prompt"},
         ],
