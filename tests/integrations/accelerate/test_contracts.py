@@ -31,7 +31,6 @@ def test_every_name_is_where_we_expect_it(part):
         (counting, PartialState, "split_between_processes"),
         (counting, accelerate.scheduler, "AcceleratorState"),
         (counting, accelerate.utils.random, "AcceleratorState"),
-        (counting, PartialState, "split_between_processes"),
         (cpu, PartialState, "_prepare_backend"),
         (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
         (export, Accelerator, "get_state_dict"),

@@ -1,5 +1,7 @@
-"""transformers under our slot: models loaded by slices, the guarded first step, streamed saves, ``generate``; what Trainer
-counts and reads is counted and read once a TP group."""
+"""transformers under our slot: models loaded by slices, the guarded first step, streamed saves, ``generate``.
+
+What Trainer counts and reads is counted and read once a TP group.
+"""
 
 from tp_plugin.integrations.contract import Patches
 from tp_plugin.integrations.transformers import (
