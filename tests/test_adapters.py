@@ -17,6 +17,8 @@ CASES = Matrix(
              "adapter": "biases"},
             {"family": "gpt2", "stage": 2, "adapter": "every Conv1D"},
             {"family": "Llama", "stage": 2, "heads": (4, 1), "adapter": "DoRA"},
+            {"family": "Llama", "stage": 2, "way": "load", "tied": False, "adapter": "vocabulary"},
+            {"family": "Qwen3", "stage": 3, "way": "zero3 order", "adapter": "every linear"},
             {"family": "gpt2", "stage": 1, "adapter": "Conv1D DoRA"},
             {"family": "phi3", "stage": 3, "way": "late", "adapter": "rsLoRA"},
             {"family": "Llama", "stage": 3, "tied": False, "adapter": "vocabulary"},
