@@ -424,9 +424,10 @@ def rules_that_were_inferred():
 ODD = (
     "many_files", "cast_to_bfloat16", "bfloat16_as_saved", "kept_in_fp32", "a_pickle", "a_pickle_of_tied",
     "both_of_tied_and_equal", "both_of_tied_and_different", "only_the_head_of_tied", "without_the_base_prefix",
-    "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "a_new_head_that_is_tied", "nothing_of_what_is_tied", "vocabulary_started_anew", "of_the_hub",
-    "info_is_returned_too", "from_config_under_zero3", "two_models_under_zero3", "generation_config",
-    "a_rank_alone", "rules_that_were_inferred",
+    "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "a_new_head_that_is_tied",
+    "nothing_of_what_is_tied", "vocabulary_started_anew", "of_the_hub", "info_is_returned_too",
+    "from_config_under_zero3", "two_models_under_zero3", "generation_config", "a_rank_alone",
+    "rules_that_were_inferred",
 )  # fmt: skip
 WIDE = ("kv_heads_on_several_ranks", "seeded_differently")
 
