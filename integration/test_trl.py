@@ -24,9 +24,10 @@ from tests.support.ranks import ROOT, on_ranks
 RECIPES = ROOT / "recipes"
 # name -> (script, recipe or None, model family, form of the data, ranks, ZeRO stage)
 RUNS = {
-    "llama sft": ("sft", "llama-3.1-8b/sft_lora.yaml", "Llama", "prompt-completion", 4, 1),
+    "llama sft": ("sft", "llama-3.1-8b/sft_lora.yaml", "Llama", "prompt-completion", 2, 1),
     "qwen3 sft": ("sft", "qwen3-8b/sft_lora.yaml", "Qwen3", "chat", 2, 2),
     "qwen3 dpo": ("dpo", "qwen3-8b/dpo_lora.yaml", "Qwen3", "chat-preference", 2, 3),
+    "dpo with a reference": ("dpo", None, "Llama", "preference", 2, 3),
     "reward": ("reward", None, "Qwen3", "chat-preference", 2, 1),
 }
 TP, ROWS = 2, 4

@@ -14,6 +14,16 @@ SCRIPTS = Path(__file__).parent
 TRIPWIRE = {"layer_specs": [{"patterns": ["x"], "partition_type": "needs tp_plugin.register()"}]}
 
 
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+}
+
+
 def deepspeed_config(stage: int, tp: int = 2, **more: object) -> dict:
     return {
         "train_micro_batch_size_per_gpu": "auto",
@@ -53,16 +63,7 @@ def _start(command: list[str], env: dict | None) -> str:
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        }
-        | (env or {}),
+        env=ENVIRONMENT | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -51,7 +51,8 @@ class InputGuard:
         if self.broadcast:
             args, kwargs = broadcast_tree((args, kwargs), self.mesh)
         if not self.in_step and model.training:
-            self._bring_in_step(model)
+            self.in_step = True
+            bring_in_step(model, self.mesh)
         if self.every and count % self.every == 0:
             self.compare(model, args, kwargs)
         for follow in self.then:
@@ -61,14 +62,7 @@ class InputGuard:
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise TensorParallelError unless the TP group has these inputs alike; see the class."""
         device = comm_device(self.mesh.tp_group)
-        leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kinds = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
-        plain = [leaf for leaf in leaves if isinstance(leaf, int | float | str)]
-        content = _print_of(str(plain)).to(device)
-        for tensor in tensors:
-            content = content * 31 + fingerprint(tensor).to(device)
-        description = _print_of(f"{kinds}{structure}").to(device)
+        content, description = prints_of((args, kwargs), device)
         mine = torch.stack([content, description, _generators_print(model).to(device)])
         found = torch.stack(all_gather(mine, self.mesh.tp_group, purpose=PURPOSE))
         differs = (found != found[0]).any(0)
@@ -92,14 +86,26 @@ class InputGuard:
                 "(seed by dp rank = rank // tp_size)."
             )
 
-    def _bring_in_step(self, model: nn.Module) -> None:
-        """Generators of the TP group's rank 0 for all: ranks may have been seeded differently on purpose."""
-        self.in_step = True
-        for generator in _generators(model):
-            state = generator.get_state()
-            sent = state.to(comm_device(self.mesh.tp_group))
-            broadcast_(sent, self.mesh.tp_group, purpose="random state")
-            generator.set_state(sent.cpu())
+
+def prints_of(tree: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two numbers (int64, 0-dim, on ``device``) for a tree of tensors and plain values: of its values, of its form."""
+    leaves, structure = tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    kinds = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
+    plain = [leaf for leaf in leaves if isinstance(leaf, int | float | str)]
+    content = _print_of(str(plain)).to(device)
+    for tensor in tensors:
+        content = content * 31 + fingerprint(tensor).to(device)
+    return content, _print_of(f"{kinds}{structure}").to(device)
+
+
+def bring_in_step(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Generators of the TP group's rank 0 for all: ranks may have been seeded differently on purpose."""
+    for generator in _generators(model):
+        state = generator.get_state()
+        sent = state.to(comm_device(mesh.tp_group))
+        broadcast_(sent, mesh.tp_group, purpose="random state")
+        generator.set_state(sent.cpu())
 
 
 def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:

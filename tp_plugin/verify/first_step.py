@@ -127,7 +127,7 @@ class StepGuard:
         try:
             small = _slice(batch)
             ours = self._seen(root, run, small, sharded=True)
-        except TensorParallelError:
+        except (TensorParallelError, torch.OutOfMemoryError):
             raise
         except Exception:  # not every batch can be cut
             small = dict(batch)

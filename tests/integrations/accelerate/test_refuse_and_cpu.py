@@ -146,17 +146,12 @@ def owners():
     import deepspeed
     from accelerate.state import PartialState
     from accelerate.utils import operations
-    from transformers import Trainer
+    from transformers import GenerationMixin, Trainer, trainer, trainer_pt_utils
+    from transformers.modeling_utils import ModuleUtilsMixin
 
-    modules = [
-        accelerate.accelerator,
-        accelerate.utils,
-        operations,
-        accelerate.scheduler,
-        accelerate.utils.random,
-        deepspeed,
-    ]
-    return [*modules, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, Trainer]
+    modules = [accelerate.accelerator, accelerate.scheduler, accelerate.utils, accelerate.utils.random, operations]
+    theirs = [Trainer, trainer, ModuleUtilsMixin, GenerationMixin, trainer_pt_utils.BatchRebalanceSampler]
+    return [*modules, deepspeed, Accelerator, PartialState, accelerate.data_loader.DataLoaderDispatcher, *theirs]
 
 
 def test_installing_twice_and_uninstalling_leaves_no_trace():

@@ -7,13 +7,27 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
-from transformers import PreTrainedModel, Trainer, core_model_loading, modeling_utils
+from transformers import GenerationMixin, PreTrainedModel, Trainer, core_model_loading, modeling_utils, trainer
 from transformers.distributed import tensor_parallel
+from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations import deepspeed as trainer_side
 from transformers.integrations import moe
+from transformers.modeling_utils import ModuleUtilsMixin
+from transformers.utils import hub
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
-from tp_plugin.integrations.transformers import _PARTS, loading, record, tokens
+from tp_plugin.integrations.transformers import (
+    _PARTS,
+    export,
+    first_step,
+    generate,
+    loading,
+    parameters,
+    rates,
+    reading,
+    record,
+    tokens,
+)
 from tp_plugin.plans.from_transformers import STYLE_OF
 
 
@@ -39,12 +53,59 @@ def test_every_name_is_where_we_expect_it(part):
         (loading, trainer_side, "_hf_deepspeed_config_weak_ref"),
         (loading, trainer_side, "is_deepspeed_zero3_enabled"),
         (loading, trainer_side, "deepspeed_config"),
+        (generate, GenerationMixin, "generate"),
+        (generate, ContinuousMixin, "init_continuous_batching"),
+        (parameters, ModuleUtilsMixin, "num_parameters"),
+        (parameters, trainer, "get_model_param_count"),
+        (parameters, Trainer, "get_num_trainable_parameters"),
+        (parameters, Trainer, "floating_point_ops"),
+        (rates, trainer, "speed_metrics"),
+        (rates, Trainer, "evaluate"),
+        (rates, Trainer, "predict"),
+        (reading, Trainer, "_get_dataloader"),
+        (export, modeling_utils, "safe_save_file"),
+        (export, core_model_loading, "revert_weight_conversion"),
+        (export, PreTrainedModel, "save_pretrained"),
+        (export, Trainer, "save_model"),
+        (export, hub, "create_and_tag_model_card"),
+        (first_step, Trainer, "training_step"),
+        (first_step, Trainer, "compute_loss"),
+        (first_step, Trainer, "_prepare_inputs"),
+        (first_step, Trainer, "compute_loss_context_manager"),
         (record, deepspeed, "tp_model_init"),
         (record, trainer_side, "deepspeed_init"),
     ],
 )
 def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
     assert_names_are_watched(monkeypatch, part, owner, name)
+
+
+def test_trainer_takes_evaluation_steps_to_be_as_wide_as_the_world():
+    why = "transformers/rates.py corrects it, only while it is so"
+    for method in (Trainer.evaluate, Trainer.predict):
+        assert_source_has(method, "total_batch_size = self.args.eval_batch_size * self.args.world_size", why)
+        assert_source_has(method, "num_steps=math.ceil(output.num_samples / total_batch_size)", why)
+
+
+def test_trainer_sums_floating_point_operations_over_the_world():
+    why = "transformers/parameters.py divides what a TP group counts together"
+    assert_source_has(Trainer.store_flos, "distributed_broadcast_scalars([self.current_flos]", why)
+    assert_source_has(Trainer.floating_point_ops, "self.model.num_parameters(exclude_embeddings=True)", why)
+
+
+def test_trainer_derives_from_the_rank_in_the_world_what_loaders_read():
+    why = "transformers/reading.py counts TP groups instead"
+    assert_source_has(Trainer._get_train_sampler, "dp_size=world_size", why)
+    assert_source_has(Trainer._get_train_sampler, "rank = self.args.process_index", why)
+    assert_source_has(Trainer._get_dataloader, "partial( seed_worker, num_workers=", why)
+    assert_source_has(Trainer._get_dataloader, "rank=self.args.process_index", why)
+
+
+def test_every_way_into_continuous_batching_is_refused():
+    why = "transformers/generate.py refuses continuous batching at the first of them"
+    assert_source_has(ContinuousMixin.continuous_batching_context_manager, "self.init_continuous_batching(", why)
+    assert_source_has(ContinuousMixin.generate_batch, "self.continuous_batching_context_manager(", why)
+    assert_source_has(GenerationMixin.generate, "self.generate_batch(", why)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])

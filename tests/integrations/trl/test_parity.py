@@ -41,6 +41,8 @@ CASES: Table = {
         {"kind": "dpo", "stage": 3, "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]}, "tied": True},
         {"kind": "reward", "stage": 2, "lora": {"task_type": "SEQ_CLS"}},
         {"kind": "sft", "stage": 2, "packing": True, "max_length": 16},
+        {"kind": "sft", "stage": 1, "padding_free": True, "max_length": None},
+        {"kind": "sft", "stage": 3, "average_tokens_across_devices": False} | ACCUMULATE,
         {"kind": "sft", "stage": 1, "family": "Mixtral", "model": {"output_router_logits": True}},
     ],
     (4, 4): [

@@ -1,13 +1,13 @@
-"""Where accelerate counts processes and means readers of distinct batches: schedules, seeds, shares of a list.
+"""Where accelerate counts processes and means readers of distinct data: learning-rate schedules, seeds, prompts.
 
 ``AcceleratedScheduler.step`` steps as often as there are processes, because each reads that fraction of the data; a TP
 group reads one share. ``set_seed(device_specific=True)`` adds the process index, and the ranks of a TP group must draw
-the same numbers wherever the model is replicated. ``split_between_processes`` deals out prompts, of which the ranks of
-a TP group need the same ones.
+the same numbers wherever the model is replicated. ``split_between_processes`` deals prompts out for inference.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +32,8 @@ class DataParallelState(AcceleratorState):
         return self.__dict__["process_index"] // tp_size()
 
 
-class DataParallelProcesses(PartialState):
-    """The same before, and without, an ``AcceleratorState``."""
+class DataParallelProcess(PartialState):
+    """The same of the state beneath."""
 
     @property
     def num_processes(self) -> int:
@@ -54,16 +54,18 @@ def check_contracts() -> None:
 def install(patches: Patches) -> None:
     for module in (accelerate.scheduler, accelerate.utils.random):
         patches.replace(module, "AcceleratorState", _by_group)
-    patches.replace(PartialState, "split_between_processes", _split_method)
+    patches.replace(PartialState, "split_between_processes", _split_between_processes_method)
 
 
 def _by_group(_original: Any) -> Any:
     return DataParallelState
 
 
-def _split_method(original: Callable[..., Any]) -> Callable[..., Any]:
+def _split_between_processes_method(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def split_between_processes(self: PartialState, inputs: Any, apply_padding: bool = False) -> Any:
-        return original(self if tp_size() == 1 else DataParallelProcesses(), inputs, apply_padding)
+    def split_between_processes(
+        self: PartialState, inputs: Any, apply_padding: bool = False
+    ) -> contextlib.AbstractContextManager:
+        return original(DataParallelProcess() if tp_size() > 1 else self, inputs, apply_padding)
 
     return split_between_processes

@@ -1,10 +1,23 @@
-"""transformers under our slot: models loaded by slices, the guarded first step, streamed saves, tokens counted once."""
+"""transformers under our slot: models loaded by slices, the guarded first step, streamed saves, ``generate``.
+
+What Trainer counts and reads is counted and read once a TP group.
+"""
 
 from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.transformers import export, first_step, loading, record, tokens
+from tp_plugin.integrations.transformers import (
+    export,
+    first_step,
+    generate,
+    loading,
+    parameters,
+    rates,
+    reading,
+    record,
+    tokens,
+)
 
 _PATCHES = Patches()
-_PARTS = (loading, first_step, export, record, tokens)
+_PARTS = (loading, first_step, export, generate, parameters, rates, reading, record, tokens)
 
 
 def install() -> None:

@@ -1,0 +1,116 @@
+"""The scripts of ``examples/``, run as they are: in one plain process, and on four ranks as tp 2 x dp 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from integration.scripts import tiny
+from integration.scripts.launching import ENVIRONMENT, ROOT, accelerate_launch, deepspeed_config
+
+TOLD_BY_CLOCKS = ("runtime", "per_second")
+COMMON = ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+          "--learning_rate", "1e-2", "--adam_epsilon", "1e-4", "--max_grad_norm", "0.5", "--seed", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with its tokenizer, and texts of words it knows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = tmp_path_factory.mktemp("examples")
+    words = {f"w{number}": number for number in range(tiny.VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2")
+    fast.chat_template = "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }} {% endfor %}"
+    fast.save_pretrained(made / "model")
+    model = tiny.model()
+    model.config.pad_token_id, model.config.eos_token_id = 0, 2
+    model.save_pretrained(made / "model")
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{draw.randrange(5, tiny.VOCAB)}" for _ in range(length))
+
+    def lines(name: str, rows: list[dict]) -> None:
+        (made / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    lines("train.jsonl", [{"text": text(draw.randrange(10, 60))} for _ in range(24)])
+    lines("held_out.jsonl", [{"text": text(40)} for _ in range(6)])
+    lines("pairs.jsonl", [{"prompt": text(draw.randrange(3, 9)), "completion": text(6)} for _ in range(24)])
+    return made
+
+
+def run(folder: Path, name: str, script: str, arguments: list[str], rows: int) -> dict[str, dict[str, Any]]:
+    """``plain`` and ``sharded``: the log, and what the script printed last; both read ``rows`` rows a step."""
+    found = {}
+    for how in ("plain", "sharded"):
+        out = folder / name / how
+        out.mkdir(parents=True)
+        batch = ["--per_device_train_batch_size", str(rows if how == "plain" else rows // 2),
+                 "--per_device_eval_batch_size", str(rows if how == "plain" else rows // 2)]  # fmt: skip
+        command = [f"{ROOT}/examples/{script}", *arguments, *COMMON, *batch, "--output_dir", str(out)]
+        if how == "plain":
+            done = subprocess.run(
+                [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-6000:]
+            printed = done.stdout
+        else:
+            printed = accelerate_launch(out, 4, deepspeed_config(1), command)
+        state = json.loads((out / "trainer_state.json").read_text())
+        found[how] = {"log": state["log_history"], "printed": printed, "out": out}
+    return found
+
+
+def test_run_clm(folder):
+    arguments = ["--model", f"{folder}/model", "--train_file", f"{folder}/train.jsonl", "--block_size", "12",
+                 "--validation_file", f"{folder}/held_out.jsonl", "--max_steps", "4", "--prompt", "w7 w8 w9",
+                 "--max_new_tokens", "5"]  # fmt: skip
+    found = run(folder, "clm", "run_clm.py", arguments, rows=4)
+    assert_same_log(found)
+    assert_same_weights(found, AutoModelForCausalLM.from_pretrained)
+    results = [json.loads((one["out"] / "eval_results.json").read_text()) for one in found.values()]
+    assert_same_numbers(*results)
+    assert results[0].keys() >= {"eval_loss", "eval_perplexity", "eval_accuracy"}
+    written = [line for line in found["plain"]["printed"].splitlines() if line.startswith("w7 w8 w9")]
+    assert len(written) == 1
+    assert found["sharded"]["printed"].splitlines().count(written[0]) == 1
+
+
+def assert_same_log(found: dict[str, dict]) -> None:
+    plain, sharded = (found[how]["log"] for how in ("plain", "sharded"))
+    assert len(plain) == len(sharded)
+    for theirs, ours in zip(plain, sharded, strict=True):
+        assert_same_numbers(theirs, ours)
+    losses = [entry["loss"] for entry in plain if "loss" in entry]
+    assert len(losses) == 4
+    assert len(set(losses)) == 4
+
+
+def assert_same_numbers(theirs: dict[str, float], ours: dict[str, float]) -> None:
+    assert theirs.keys() == ours.keys()
+    for key, value in theirs.items():
+        if not any(part in key for part in TOLD_BY_CLOCKS):
+            assert math.isclose(ours[key], value, rel_tol=2e-5, abs_tol=1e-7), f"{key}: {ours[key]}, not {value}"
+
+
+def assert_same_weights(found: dict[str, dict], load: Callable) -> None:
+    theirs, ours = (dict(load(found[how]["out"]).named_parameters()) for how in ("plain", "sharded"))
+    start = dict(tiny.model().named_parameters())
+    assert theirs.keys() == ours.keys() == start.keys()
+    for name, parameter in theirs.items():
+        update = (parameter - start[name]).norm()
+        assert update > 0
+        error = (ours[name] - parameter).norm() / update
+        assert error <= 1e-4, f"{name}: the update is off by {error:.1e}"

@@ -1,0 +1,95 @@
+"""``torch.compile`` of a sharded model: graphs are broken at collectives, and the numbers stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tp_plugin
+from tests.support.cases import launched, values
+from tests.support.models import batch, make
+from tp_plugin.config import TensorParallelConfig
+from tp_plugin.errors import NO_FULLGRAPH
+
+TP = 2
+FAMILIES = {"llama": {"family": "Llama"}, "shared key heads": {"family": "Qwen2", "heads": (6, 3)}}
+
+
+def sharded(model: torch.nn.Module) -> Any:
+    tp_plugin.shard_model(model, TensorParallelConfig(tp_size=TP, quiet=True))
+    return model
+
+
+def numbers(model: Any, backend: str | None) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss, gradients (full) and logits of two batches of different lengths; compiled unless ``backend`` is None."""
+    call = model if backend is None else torch.compile(model, backend=backend)
+    loss = 0.0
+    for step, length in enumerate((12, 9)):
+        out = call(**batch(step, 2, length=length))
+        out.loss.backward()
+        loss += float(out.loss)
+    gradients = {}
+    for name, param in model.named_parameters():
+        layout = getattr(param, "tp_layout", None)
+        gradients[name] = param.grad if layout is None else layout.unshard(tp_plugin.collectives.all_gather(
+            param.grad, model.tp_sharding.mesh.tp_group,
+            sizes=[layout.local_size(rank) for rank in range(layout.ranks)], dim=layout.dim or 0,
+        ))  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        return loss, gradients, call(**batch(2, 2)).logits
+
+
+def parity(backend: str) -> dict[str, tuple[float, float, float]]:
+    """Family -> relative errors of the loss, the worst gradient and the logits."""
+    found = {}
+    for name, options in FAMILIES.items():
+        loss, gradients, logits = numbers(make(**options), None)
+        ours, own, seen = numbers(sharded(make(**options)), backend)
+        floor = 1e-5 * max(float(gradient.norm()) for gradient in gradients.values())
+        worst = max(float((own[key] - g).norm() / g.norm().clamp_min(floor)) for key, g in gradients.items())
+        found[name] = abs(ours / loss - 1), worst, float((seen - logits).abs().max())
+    return found
+
+
+def eager() -> dict:
+    return parity("eager")
+
+
+def aot_eager() -> dict:
+    return parity("aot_eager")
+
+
+def inductor() -> dict:
+    return parity("inductor")
+
+
+def fullgraph() -> None:
+    torch.compile(sharded(make("Llama")), backend="eager", fullgraph=True)(**batch(0, 2))
+
+
+def check(backend: str, cases: tuple[str, ...]) -> None:
+    for rank in values(launched(TP, __name__, cases), backend):
+        for name, (loss, gradient, logits) in rank.items():
+            assert loss <= 1e-5, name
+            assert gradient <= 1e-4, name
+            assert logits <= 1e-5, name
+
+
+def test_a_compiled_model_computes_the_same():
+    check("eager", ("eager", "fullgraph"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_computes_the_same_by_every_backend(backend):
+    check(backend, ("aot_eager", "inductor"))
+
+
+def test_fullgraph_is_refused():
+    for found in launched(TP, __name__, ("eager", "fullgraph")):
+        kind, message = found["fullgraph"]
+        assert kind == "Unsupported"
+        assert NO_FULLGRAPH in message

@@ -1,0 +1,271 @@
+"""``generate()`` of a sharded model: one process's tokens on every rank, whatever way, cache and padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerFast, WatermarkingConfig, pipeline
+
+import tp_plugin
+from tests.support import zoo
+from tests.support.cases import launched, sentence, values
+from tests.support.models import batch, make
+from tests.support.ranks import on_ranks
+from tests.support.train import config_for, engine_for, optimizer_for
+from tp_plugin.config import TensorParallelConfig
+
+TP = 2
+HERE = __name__
+
+
+def sharded(model: torch.nn.Module) -> Any:
+    tp_plugin.shard_model(model, TensorParallelConfig(tp_size=TP, quiet=True))
+    return model
+
+
+# ---- ways to generate, on several kinds of caches -----------------------------------------------------------------
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: make("Llama"),
+    "one key head": lambda: make("Llama", heads=(4, 1)),  # both ranks hold it
+    "shared key heads": lambda: make("Qwen2", heads=(6, 3)),  # one of three on both ranks
+    "gemma2": lambda: make("Gemma2"),  # every other layer's cache slides
+    "gemma3": lambda: make("Gemma3"),
+    "mistral": lambda: make("Mistral", sliding_window=6),
+    "deepseek": lambda: make("DeepseekV3"),
+    "gpt2": lambda: zoo.build("gpt2"),
+    "t5": lambda: zoo.build("t5"),
+    "bart": lambda: zoo.build("bart"),
+}
+LENGTH = {"max_new_tokens": 7, "min_new_tokens": 7, "no_repeat_ngram_size": 1, "pad_token_id": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """``single``: takes one prompt at a time. ``kinds``: the models it is run on; None are all."""
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    single: bool = False
+    kinds: tuple[str, ...] | None = None
+
+
+DECODERS = ("llama", "shared key heads", "gemma2", "mistral")
+WAYS: dict[str, Way] = {
+    "greedy": Way(),
+    "sampled": Way({"do_sample": True, "top_k": 20, "top_p": 0.95, "temperature": 0.9}),
+    "several": Way({"do_sample": True, "num_return_sequences": 2}),
+    "beams": Way({"num_beams": 3}),
+    "sampled beams": Way({"do_sample": True, "num_beams": 2}),
+    "static cache": Way({"cache_implementation": "static"}),
+    "beams, static cache": Way({"cache_implementation": "static", "num_beams": 2}),
+    "no cache": Way({"use_cache": False}),
+    "prefill in chunks": Way({"prefill_chunk_size": 4}, kinds=DECODERS),
+    "guided": Way({"guidance_scale": 1.5}, kinds=DECODERS),
+    "watermarked": Way({"watermarking_config": WatermarkingConfig(), "do_sample": True}, kinds=DECODERS),
+    "looked up in the prompt": Way({"prompt_lookup_num_tokens": 2}, single=True, kinds=DECODERS),
+    "assisted": Way({"assistant": True}, single=True, kinds=DECODERS),
+}
+
+
+def tokens_of(model: Any, way: Way, padded: bool) -> torch.Tensor:
+    ids = batch(0, 3)["input_ids"]
+    mask = torch.ones_like(ids)
+    if padded:
+        for row, count in enumerate((3, 5)):
+            ids[row, :count] = mask[row, :count] = 0
+    if way.single:
+        ids, mask = ids[:1], mask[:1]
+    options = dict(way.options)
+    if options.pop("assistant", False):
+        options["assistant_model"] = make("Llama", seed=3).eval()
+    torch.manual_seed(5)
+    return model.generate(input_ids=ids, attention_mask=mask, **LENGTH | options)
+
+
+RUN = [(kind, name) for kind in MODELS for name, way in WAYS.items() if way.kinds is None or kind in way.kinds]
+
+
+def ways() -> dict[tuple[str, str, bool], tuple[list, list]]:
+    found, known = {}, {kind: (build().eval(), sharded(build().eval())) for kind, build in MODELS.items()}
+    for kind, name in RUN:
+        for padded in (False, True):
+            both = (tokens_of(model, WAYS[name], padded) for model in known[kind])
+            found[kind, name, padded] = tuple(tokens.tolist() for tokens in both)
+    return found
+
+
+def scores() -> tuple[float, bool]:
+    """The largest difference of what ``output_scores`` and ``output_logits`` give; whether hidden states are equal."""
+    found = []
+    for model in (make("Llama").eval(), sharded(make("Llama").eval())):
+        out = model.generate(
+            **prompts(), **LENGTH, output_scores=True, output_logits=True, output_hidden_states=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        found.append((torch.stack(out.scores + out.logits).clamp(min=-1e4), out.hidden_states[-1][-1]))
+    (theirs, hidden), (ours, own) = found
+    return float((theirs - ours).abs().max()), bool(torch.allclose(hidden, own, atol=1e-5))
+
+
+def prompts(rows: int = 2, step: int = 0) -> dict[str, torch.Tensor]:
+    ids = batch(step, rows)["input_ids"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def compiled() -> tuple[list, list]:
+    """A static cache and compiled forwards, which transformers chooses by itself on GPUs."""
+    options = LENGTH | {"cache_implementation": "static", "compile_config": CompileConfig(backend="eager")}
+    return tuple(m.eval().generate(**prompts(), **options).tolist() for m in (make("Llama"), sharded(make("Llama"))))
+
+
+def piped() -> tuple[list[str], list[str]]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(131)}, unk_token="w1"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w2", padding_side="left")
+    found = []
+    for model in (make("Llama").eval(), sharded(make("Llama").eval())):
+        torch.manual_seed(3)
+        write = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
+        texts = write(["w5 w7 w9", "w11 w3 w77 w8 w9"], max_new_tokens=6, do_sample=True, batch_size=2)
+        found.append([one[0]["generated_text"] for one in texts])
+    return tuple(found)
+
+
+# ---- what the ranks must do together -----------------------------------------------------------------------------
+
+
+def seeded_apart() -> list:
+    """Each rank with a seed of its own, as without ``set_seed``: the group samples with its rank 0's."""
+    model = sharded(make("Llama").eval())
+    torch.manual_seed(dist.get_rank())
+    return model.generate(**prompts(), **LENGTH, do_sample=True).tolist()
+
+
+def late() -> tuple[str, list]:
+    """Rank 1 comes late; rank 0 says what it waits for and both end alike."""
+    import contextlib
+    import io
+
+    from tp_plugin.integrations.transformers import generate
+
+    model, said = sharded(make("Llama").eval()), io.StringIO()
+    before, generate.LATE_S = generate.LATE_S, 0.2
+    try:
+        if dist.get_rank():
+            time.sleep(1)
+        with contextlib.redirect_stdout(said):
+            tokens = model.generate(**prompts(), **LENGTH).tolist()
+    finally:
+        generate.LATE_S = before
+    return said.getvalue(), tokens
+
+
+def other_prompts() -> None:
+    sharded(make("Llama").eval()).generate(**prompts(step=dist.get_rank()), **LENGTH)
+
+
+def other_options() -> None:
+    config = GenerationConfig(max_new_tokens=4 + dist.get_rank())
+    sharded(make("Llama").eval()).generate(**prompts(), generation_config=config)
+
+
+def continuous_batching() -> None:
+    sharded(make("Llama").eval()).generate_batch([[3, 4, 5]], max_new_tokens=3)
+
+
+def attention_weights() -> None:
+    sharded(make("Llama", attn_implementation="eager").eval()).generate(
+        **prompts(), **LENGTH, output_attentions=True, return_dict_in_generate=True
+    )
+
+
+CASES = (
+    *("ways", "scores", "piped", "compiled", "seeded_apart", "late"),
+    *("other_prompts", "other_options", "continuous_batching", "attention_weights"),
+)
+
+
+def results() -> list[dict]:
+    return launched(TP, HERE, CASES)
+
+
+@pytest.mark.parametrize(("kind", "name"), RUN)
+def test_every_way_gives_the_tokens_of_one_process(kind, name):
+    for found in values(results(), "ways"):
+        for padded in (False, True):
+            theirs, ours = found[kind, name, padded]
+            assert ours == theirs, f"padded: {padded}"
+            assert len({token for row in theirs for token in row}) > 6, "a model that repeats itself proves little"
+
+
+def test_scores_logits_and_hidden_states_are_whole():
+    for difference, equal in values(results(), "scores"):
+        assert difference < 1e-5
+        assert equal
+
+
+@pytest.mark.parametrize("name", ["piped", "compiled"])
+def test_a_pipeline_and_compiled_forwards_give_the_same(name):
+    for theirs, ours in values(results(), name):
+        assert ours == theirs
+
+
+def test_ranks_that_are_seeded_apart_sample_one_text():
+    first, second = values(results(), "seeded_apart")
+    model = make("Llama").eval()
+    torch.manual_seed(0)
+    assert first == second == model.generate(**prompts(), **LENGTH, do_sample=True).tolist()
+
+
+def test_a_rank_says_whom_it_waits_for():
+    (said, first), (nothing, second) = values(results(), "late")
+    assert "generate() on rank 0 waits for the other ranks of its tensor-parallel group ([0, 1])" in said
+    assert "outside of `if rank == 0`" in said
+    assert nothing == ""
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other_prompts", "with different prompts or options"),
+        ("other_options", "with different prompts or options"),
+        ("continuous_batching", "use generate()"),
+        ("attention_weights", "output_attentions"),
+    ],
+)
+def test_refused_on_every_rank(name, words):
+    assert words in sentence(results(), name)
+
+
+# ---- data-parallel ranks that end at different times -------------------------------------------------------------
+
+
+def of_an_engine(stage: int) -> bool:
+    """Replicas write texts of different lengths; under ZeRO-3 they have to go on together all the same."""
+    plain, model = make("Llama").eval(), make("Llama")
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(TP, stage))
+    engine.eval()
+    replica = dist.get_rank() // TP
+    how = prompts(step=replica) | {"max_new_tokens": 3 + 4 * replica, "do_sample": True}
+    torch.manual_seed(replica)
+    ours = engine.generate(**how, synced_gpus=stage == 3)
+    torch.manual_seed(replica)
+    theirs = plain.generate(**how, synced_gpus=False)
+    return ours.tolist() == theirs.tolist()
+
+
+def of_engines() -> list[bool]:
+    return [of_an_engine(stage) for stage in (1, 3)]
+
+
+def test_an_engine_generates_what_one_process_does():
+    assert on_ranks(4, of_engines) == [[True, True]] * 4
