@@ -13,8 +13,12 @@ What is counted, for each rank, from the moment its libraries are imported and i
   holds anonymous memory and the pages of files that are mapped. Of these the kernel has one copy for all ranks, so
 - ``peak_anonymous`` is given too: the same for RssAnon, sampled every 2 ms.
 - ``held``: bytes of the parameters in the end.
-- ``read``: bytes of tensors that were taken out of the files. Ours are counted in the reader, and ``by_system_calls``
-  (rchar of /proc/self/io) has those of them that were not mapped; transformers maps files and takes every tensor.
+- ``read``: bytes taken out of the files. Ours are counted in the reader, and ``by_system_calls`` (rchar of
+  /proc/self/io) has those of them that were not mapped. transformers maps files and reads a tensor when it is used: for
+  stock it is the mapped pages that came into a rank's memory (RssFile).
+
+In the checkpoint's own dtype transformers' whole model is a mapping, of which AutoTP copies out shards; in another
+(``--dtype float32``) every rank holds a whole copy.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ def main() -> None:
         for index in range(args.rounds):
             for way in WAYS if index % 2 else WAYS[::-1]:
                 found[way].append(launch(way, folder, args))
+                print(way, found[way][-1][0], file=sys.stderr, flush=True)
     report(args, size, found)
 
 
@@ -94,7 +99,19 @@ def launch(way: str, folder: str, args: argparse.Namespace) -> list[dict]:
     """One run on fresh processes; what each rank found."""
     command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.tp}", "-m", "benchmarks.load_save"]
     subprocess.run(
-        [sys.executable, "-m", *command, "--rank-of", way, "--folder", folder, "--tp", str(args.tp)],
+        [
+            sys.executable,
+            "-m",
+            *command,
+            "--rank-of",
+            way,
+            "--folder",
+            folder,
+            "--tp",
+            str(args.tp),
+            "--dtype",
+            args.dtype,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
         check=True,
         stdout=subprocess.DEVNULL,
@@ -121,7 +138,7 @@ def rank(args: argparse.Namespace) -> None:
     deepspeed.init_distributed("gloo")
     setup = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": args.dtype == "bfloat16"},
         "tensor_parallel": {"autotp_size": args.tp},
         **({"tp_plugin": {"quiet": True}} if ours else {}),
     }
@@ -132,11 +149,13 @@ def rank(args: argparse.Namespace) -> None:
     with Memory() as memory:
         start, calls = time.perf_counter(), rchar()
         if ours:
-            model = tp_plugin.from_pretrained(folder, tp_size=args.tp, model_class=AutoModelForCausalLM)
+            model = tp_plugin.from_pretrained(
+                folder, tp_size=args.tp, dtype=args.dtype, model_class=AutoModelForCausalLM
+            )
             read = sum(reader.bytes_read for reader in readers)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            read = sum(tensor.nbytes for tensor in model.state_dict().values())
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
+            read = None
         loaded, loading = time.perf_counter(), memory.risen()
         engine, *_ = deepspeed.initialize(model=model, config=setup)
         dist.barrier()
@@ -149,7 +168,7 @@ def rank(args: argparse.Namespace) -> None:
         **risen,
         **{f"{name}_of_loading": size for name, size in loading.items()},
         "held": sum(parameter.nbytes for parameter in engine.module.parameters()),
-        "read": read,
+        "read": risen["mapped"] if read is None else read,
         "read_by_system_calls": calls,
         "load_seconds": loaded - start,
         "seconds": done - start,
@@ -166,7 +185,7 @@ class Memory:
     def __enter__(self) -> Memory:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew at the present size
         self._start = status()
-        self._anonymous, self._over = 0, threading.Event()
+        self._most, self._over = dict(self._start), threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -179,12 +198,14 @@ class Memory:
         """So far; to be asked inside of the block."""
         return {
             "peak": status()["VmHWM"] - self._start["VmRSS"],
-            "peak_anonymous": self._anonymous - self._start["RssAnon"],
+            "peak_anonymous": self._most["RssAnon"] - self._start["RssAnon"],
+            "mapped": self._most["RssFile"] - self._start["RssFile"],
         }
 
     def _sample(self) -> None:
         while not self._over.wait(0.002):
-            self._anonymous = max(self._anonymous, status()["RssAnon"])
+            now = status()
+            self._most = {name: max(size, now[name]) for name, size in self._most.items()}
 
 
 def status() -> dict[str, int]:
@@ -232,6 +253,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     for name, default in (("tp", 4), ("rounds", 3), ("hidden", 2048), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what it is loaded in")
     parser.add_argument("--folder", help="where to make the checkpoint; default: the temporary directory")
     parser.add_argument("--out", help="also write the result to this JSON file")
     parser.add_argument("--rank-of", choices=WAYS, help=argparse.SUPPRESS)

@@ -290,6 +290,29 @@ def parameters_missing():
     )
 
 
+def a_new_head_that_is_tied():
+    """Its weight is the embedding's shard when its bias, new and whole, is met."""
+    model = zoo.build("bert")
+    new = [name for name, _ in model.named_parameters() if name.startswith("cls.")]
+    ours = against_transformers(hf.BertForMaskedLM, model.bert, read=loaded_only(*new))
+    assert ours.cls.predictions.decoder.weight is ours.bert.embeddings.word_embeddings.weight
+
+
+def nothing_of_what_is_tied():
+    """Embedding and head are both new, and one."""
+
+    def change(state):
+        del state["model.embed_tokens.weight"]
+
+    ours = against_transformers(
+        hf.LlamaForCausalLM,
+        make("Llama", tied=True),
+        change=lambda folder: rewrite(folder, change),
+        read=loaded_only("model.embed_tokens.weight"),
+    )
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
 def vocabulary_started_anew():
     names = ("model.embed_tokens.weight", "lm_head.weight")
     against_transformers(
@@ -401,9 +424,10 @@ def rules_that_were_inferred():
 ODD = (
     "many_files", "cast_to_bfloat16", "bfloat16_as_saved", "kept_in_fp32", "a_pickle", "a_pickle_of_tied",
     "both_of_tied_and_equal", "both_of_tied_and_different", "only_the_head_of_tied", "without_the_base_prefix",
-    "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "vocabulary_started_anew", "of_the_hub",
-    "info_is_returned_too", "from_config_under_zero3", "two_models_under_zero3", "generation_config",
-    "a_rank_alone", "rules_that_were_inferred",
+    "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "a_new_head_that_is_tied",
+    "nothing_of_what_is_tied", "vocabulary_started_anew", "of_the_hub", "info_is_returned_too",
+    "from_config_under_zero3", "two_models_under_zero3", "generation_config", "a_rank_alone",
+    "rules_that_were_inferred",
 )  # fmt: skip
 WIDE = ("kv_heads_on_several_ranks", "seeded_differently")
 

@@ -47,6 +47,7 @@ def test_every_name_is_where_we_expect_it(part):
         (loading, PreTrainedModel, "_from_config"),
         (loading, PreTrainedModel, "_load_pretrained_model"),
         (loading, PreTrainedModel, "tie_weights"),
+        (loading, PreTrainedModel, "_adjust_bias"),
         (loading, modeling_utils, "_get_resolved_checkpoint_files"),
         (loading, modeling_utils, "get_hf_quantizer"),
         (loading, modeling_utils, "log_state_dict_report"),

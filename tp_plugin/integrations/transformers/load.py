@@ -178,6 +178,8 @@ class Load:
                 require_alike(dict(model.named_parameters()))
             self.config = proven(model, self.config, self.mesh, unread=True)
             self.plan = planned(model, self.config, self.mesh, unread=True)
+        # ties are settled; when transformers ties again a bias that is new is whole, and the weight beside it a shard
+        model._adjust_bias = lambda *_: None  # type: ignore[method-assign]
         self.layouts = layouts_by_name(model, self.plan)
         self.shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         self.new = set(self.shapes) - set(unread_names(model))
@@ -192,7 +194,10 @@ class Load:
                 f"{str(self.name)!r} was not loaded from safetensors or .bin files in transformers' format; save it "
                 "with save_pretrained, without distributed_checkpoint."
             )
-        self.meet()
+        del model._adjust_bias
+        new = [(name, tuple(param.shape)) for name, param in model.named_parameters() if name in self.new]
+        wrong = [name for name, shape in new if shape != self.shapes[name]]
+        self.meet(f"{wrong[0]!r}, which {self.name!s} lacks, was not initialised whole." if wrong else None)
         with self.together(), torch.no_grad():
             share_new(model, self.new, self.layouts, self.mesh)
             equalised = make_equal(model, self.mesh, leaving=self.layouts)

@@ -41,6 +41,7 @@ def check_contracts() -> None:
     load = ["model", "state_dict", "checkpoint_files", "load_config"]
     contract(PreTrainedModel, "_load_pretrained_model", load, why)
     contract(PreTrainedModel, "tie_weights", ["missing_keys", "recompute_mapping"], "ties are settled before the plan")
+    contract(PreTrainedModel, "_adjust_bias", ["output_embeddings", "input_embeddings"], "it would crop a new bias")
     files = ["pretrained_model_name_or_path", "variant", "gguf_file", "use_safetensors", "user_agent", "is_remote_code"]
     contract(modeling_utils, "_get_resolved_checkpoint_files", files, "one rank a host downloads, all check headers")
     quantised = ["config", "quantization_config", "device_map", "weights_only", "user_agent"]
