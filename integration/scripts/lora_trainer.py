@@ -26,14 +26,14 @@ for stage in options.zero:
         return columns
 
     folder = f"{options.out}/{stage}"
-    arguments = TrainingArguments(
-        output_dir=folder, deepspeed=deepspeed_config(stage), per_device_train_batch_size=2, max_steps=3,
-        gradient_accumulation_steps=2, learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler_type="constant",
-        max_grad_norm=0.05, weight_decay=0.0, logging_steps=1, report_to="none", disable_tqdm=True, save_steps=2,
-        gradient_checkpointing=stage == 3,
-    )  # fmt: skip
 
-    def trainer_of(collate=collate, arguments=arguments):
+    def trainer_of(collate=collate, stage=stage, folder=folder):
+        arguments = TrainingArguments(
+            output_dir=folder, deepspeed=deepspeed_config(stage), per_device_train_batch_size=2, max_steps=3,
+            gradient_accumulation_steps=2, learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler_type="constant",
+            max_grad_norm=0.05, weight_decay=0.0, logging_steps=1, report_to="none", disable_tqdm=True, save_steps=2,
+            gradient_checkpointing=stage == 3,
+        )  # fmt: skip
         return Trainer(
             model=tiny.adapted(), args=arguments, train_dataset=tiny.Samples(24), eval_dataset=tiny.Samples(4),
             data_collator=collate,
