@@ -16,6 +16,10 @@ CASES = Matrix(
             {"family": "Llama", "stage": 3, "heads": (6, 3), "way": "late",
              "adapter": "biases"},
             {"family": "gpt2", "stage": 2, "adapter": "every Conv1D"},
+            {"family": "Llama", "stage": 2, "heads": (4, 1), "adapter": "DoRA"},
+            {"family": "Llama", "stage": 2, "way": "load", "tied": False, "adapter": "vocabulary"},
+            {"family": "Qwen3", "stage": 3, "way": "zero3 order", "adapter": "every linear"},
+            {"family": "gpt2", "stage": 1, "adapter": "Conv1D DoRA"},
             {"family": "phi3", "stage": 3, "way": "late", "adapter": "rsLoRA"},
             {"family": "Llama", "stage": 3, "tied": False, "adapter": "vocabulary"},
             {"family": "Gemma3", "stage": 1, "tied": True, "way": "late", "adapter": "vocabulary"},
@@ -23,6 +27,7 @@ CASES = Matrix(
             {"family": "Qwen3", "stage": 1, "way": "late", "adapter": "norms to save"},
             {"family": "Mixtral", "stage": 1, "way": "late", "adapter": "experts"},
             {"family": "Qwen2Moe", "stage": 2, "adapter": "every linear"},
+            {"family": "DeepseekV3", "stage": 1, "adapter": "every linear"},
             {"family": "Llama", "stage": 1, "adapter": "IA3"},
             {"family": "Llama", "stage": 3, "way": "late", "adapter": "prompt"},
         ],
@@ -58,6 +63,7 @@ MANY = Matrix(
               for heads in ((4, 2), (8, 2)) for stage in (0, 1, 2, 3) for way in ("slot", "late")
               for adapter in KINDS if adapter != "IA3" or heads[1] % tp == 0),
             *({"family": "Llama", "stage": stage, "adapter": "every linear", "offload": True} for stage in (1, 2, 3)),
+            *({"family": "Qwen2", "stage": stage, "heads": (8, 2), "adapter": "DoRA"} for stage in (0, 1, 2)),
             *({"family": "Llama", "stage": stage, "adapter": "every linear", "checkpointing": reentrant}
               for stage in (1, 3) for reentrant in (True, False)),
         ]

@@ -15,12 +15,13 @@ import torch
 import transformers
 import yaml
 
-from tests.support.ranks import errors_on_ranks
+from tests.support.ranks import errors_on_ranks, on_ranks
+from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch.build import build_model, build_tokenizer
 from tp_plugin.launch.check import visit_plainly
 from tp_plugin.launch.data import blocks, documents
-from tp_plugin.launch.finetune import finetune, main
+from tp_plugin.launch.finetune import _size, finetune, main
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import DataRecipe, ModelRecipe, TrainingRecipe, load_recipe
 
@@ -257,6 +258,19 @@ def test_built_model_is_reproducible_and_fits_the_tokenizer(tokenizer, tmp_path)
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
     with pytest.raises(TensorParallelError, match=r"'model.build' describes no model"):
         build_model(str(tmp_path / "d"), LLAMA | {"model_type": "lama"}, tokenizer, seed=0)
+
+
+def rows_of_a_rank(folder: str) -> tuple[int, int]:
+    model = load_model(ModelRecipe(path=folder), TensorParallelConfig(tp_size=2))
+    return len(model.lm_head.weight), _size(model)
+
+
+def test_on_ranks_each_loads_its_slices(tokenizer, tmp_path):
+    build_model(str(tmp_path), LLAMA, tokenizer, seed=0)
+    whole = load_model(ModelRecipe(path=str(tmp_path)))
+    found = on_ranks(2, rows_of_a_rank, str(tmp_path))
+    assert sum(rows for rows, _ in found) == len(whole.lm_head.weight)
+    assert [size for _, size in found] == [whole.num_parameters()] * 2
 
 
 def test_checkpoint_that_lacks_weights_is_refused(tokenizer, tmp_path):

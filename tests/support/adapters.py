@@ -13,6 +13,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "every linear": EVERY,
     "several": EVERY | {"others": ("second",)},
     "biases": EVERY | {"bias": "all", "lora_bias": True},
+    "DoRA": EVERY | {"use_dora": True},
+    "Conv1D DoRA": EVERY | {"use_dora": True, "fan_in_fan_out": True},
     "rsLoRA": EVERY | {"use_rslora": True},
     "patterns": EVERY | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 7}},
     "every Conv1D": EVERY | {"fan_in_fan_out": True},

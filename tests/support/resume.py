@@ -14,7 +14,7 @@ from tests.support.zoo import ZOO, data_for
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.manifest import WEIGHT, Manifest
 
-ROWS, MICRO = 8, 2
+ROWS, MICRO = 8, 4
 BEFORE, AFTER = (0, 1), (2, 3, 4, 5, 6)
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -31,7 +31,10 @@ def engine_of(
     tp: int, stage: int, *, family: str = "Qwen2", heads=(8, 2), tied=True, seed=0, extra: dict | None = None, **options
 ) -> Any:
     """An engine of this world with AdamW in two groups and a scheduler; ``seed`` chooses the weights it starts with."""
+    lora = options.pop("lora", False)
     model = model_of(family, seed, heads=heads, tied=tied, **options)
+    if lora:
+        model = adapted(model, seed)
     optimizer = optimizer_for(model, "adamw")
     # a family without "norm" in a name has one group, and DeepSpeed drops an empty one behind the scheduler's back
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
@@ -50,6 +53,19 @@ def engine_of(
     }
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     return engine_for(model, optimizer, config, lr_scheduler=scheduler)
+
+
+def adapted(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """With a LoRA on every linear layer, B away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                param.copy_(0.1 * torch.randn(param.shape, generator=random))
+    return model
 
 
 def train(engine: Any, tp: int, steps: tuple[int, ...], family: str = "Qwen2") -> list[float]:

@@ -23,6 +23,7 @@ from tests.support.cases import launched, values
 from tests.support.models import FAMILIES, make
 from tests.support.ranks import on_ranks
 from tests.support.train import compare, config_for, engine_for, optimizer_for
+from tests.verify import custom
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.reader import Reader
 
@@ -387,11 +388,22 @@ def two_models_under_zero3():
         del alive
 
 
+def rules_that_were_inferred():
+    """They stand trial with weights that have not been read, which leaves the random generator as it was."""
+    model = custom.HomeModel(custom.HomeConfig(num_layers=2))
+    with folder_for(model) as folder:
+        config = tp_plugin.TensorParallelConfig(tp_size=2, quiet=True)
+        whole, ours = both(custom.HomeModel, folder, config)
+        assert_same(whole, ours)
+        assert "stack.0.mixer.wq" in state_of(ours).plan.inferred()
+
+
 ODD = (
     "many_files", "cast_to_bfloat16", "bfloat16_as_saved", "kept_in_fp32", "a_pickle", "a_pickle_of_tied",
     "both_of_tied_and_equal", "both_of_tied_and_different", "only_the_head_of_tied", "without_the_base_prefix",
     "with_the_base_prefix", "a_new_classification_head", "parameters_missing", "vocabulary_started_anew", "of_the_hub",
-    "info_is_returned_too", "from_config_under_zero3", "two_models_under_zero3", "generation_config", "a_rank_alone",
+    "info_is_returned_too", "from_config_under_zero3", "two_models_under_zero3", "generation_config",
+    "a_rank_alone", "rules_that_were_inferred",
 )  # fmt: skip
 WIDE = ("kv_heads_on_several_ranks", "seeded_differently")
 

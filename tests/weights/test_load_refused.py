@@ -19,6 +19,7 @@ from tests.support import zoo
 from tests.support.cases import launched, sentence
 from tests.support.models import make
 from tests.support.train import config_for
+from tests.verify import custom
 from tp_plugin.weights.reader import Reader
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -175,6 +176,14 @@ def disk_fails_on_one_rank():
         Reader._pread = original
 
 
+def inferred_rules_are_wrong():
+    folder = saved(custom.HomeModel(custom.HomeConfig(mixing=True, num_layers=2)))
+    try:
+        tp_plugin.from_pretrained(folder, model_class=custom.HomeModel)
+    finally:
+        shutil.rmtree(folder.parent)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/tp_plugin_was_here",)
@@ -277,6 +286,7 @@ SENTENCES = {
     "quantised": r"./model is quantised \(fp8\), and quantised weights cannot be sharded",
     "cannot_be_sharded": r"5 query and 1 key/value heads cannot be sharded 2 ways",
     "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",
+    "inferred_rules_are_wrong": r"the rules inferred from the shapes of HomeModel are wrong",
     "pickle_that_runs_code": r"'./model/pytorch_model.bin' as a file of plain tensors \(.*; convert it to safetensors",
     "pickle_of_old": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
     "plain_pickle": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",

@@ -3,6 +3,8 @@
 tp-plugin plan llama --tp 2
 tp-plugin check meta-llama/Llama-3.1-8B --tp 4
 tp-plugin coverage --tp 2 --output docs/coverage.md
+tp-plugin inspect out/checkpoint-500
+tp-plugin export out/checkpoint-500 model
 """
 
 from __future__ import annotations
@@ -50,6 +52,17 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tp", type=_degree, required=True, metavar="N", help="ranks to shard over")
         command.add_argument("--trust-remote-code", action="store_true", help="run the code of the checkpoint")
         command.set_defaults(command=function)
+    summary = "tell an engine checkpoint's shape, step, sizes and health"
+    command = commands.add_parser("inspect", help=summary, description=summary)
+    command.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder with some: the latest of them")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(command=inspect)
+    summary = "write an engine checkpoint as an HF directory, in this process, without a GPU"
+    command = commands.add_parser("export", help=summary, description=summary)
+    command.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder with some: the latest of them")
+    command.add_argument("out", type=Path, help="the directory to write; a model in it is replaced")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (5GB)")
+    command.set_defaults(command=export)
     command = commands.add_parser("coverage", help="check every architecture of transformers, write a table")
     command.add_argument("--tp", type=_degree, default=2, metavar="N", help="ranks to shard over (2)")
     command.add_argument("--only", metavar="PATTERNS", help="model types, comma-separated, * allowed")
@@ -140,6 +153,30 @@ def coverage(options: argparse.Namespace) -> int:
     verdicts = collections.Counter(rows[name].verdict for name in names)
     print(", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     return 1 if any(rows[name].verdict in ("differs", "broken") for name in names) else 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what a checkpoint is; exit code 1 where it is damaged."""
+    from tp_plugin.launch.checkpoint import described, report
+
+    said = report(options.checkpoint)
+    print(json.dumps(said, indent=2) if options.json else described(said))
+    return 0 if said["whole"] else EXIT["broken"]
+
+
+def export(options: argparse.Namespace) -> int:
+    """Examine a checkpoint and write it as an HF directory."""
+    from tp_plugin.integrations.transformers import offline
+    from tp_plugin.launch.checkpoint import found
+    from tp_plugin.weights.whole import examine
+
+    checkpoint = found(options.checkpoint)
+    damage = examine(checkpoint)
+    if damage:
+        raise TensorParallelError(damage)
+    names = offline.export(checkpoint, options.out, max_shard_size=options.max_shard_size)
+    print(f"{checkpoint} written as {options.out}: {', '.join(names)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -31,6 +32,8 @@ from tp_plugin.launch.data import Blocks, blocks, documents
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
+from tp_plugin.sharding import state_of
+from tp_plugin.weights.whole import LATEST_GOOD, newest_whole
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,35 +41,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tp_plugin.finetune", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=5")
+    parser.add_argument(
+        "--resume",
+        metavar="WHERE",
+        help=f"a checkpoint-N directory, or {LATEST_GOOD}: the newest whole one of the output directory, if any",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # key=value may follow an option
     try:
-        finetune(load_recipe(arguments.recipe, arguments.overrides))
+        finetune(load_recipe(arguments.recipe, arguments.overrides), arguments.resume)
     except TensorParallelError as failure:
         sys.exit(f"tp_plugin.finetune: {failure}")
 
 
-def finetune(recipe: Recipe) -> None:
+def finetune(recipe: Recipe, resume: str | None = None) -> None:
     """Train, save, check and sample; called on every rank of a launched job.
+
+    Args:
+        resume: a ``checkpoint-N`` directory to go on from, or "latest-good".
 
     Raises:
         TensorParallelError: on every rank, for a setup that cannot work, or when the exported model is not the one
             that was trained.
     """
     launched_by_accelerate, ds_config = _deepspeed_config(recipe)
-    tp_size = tp_plugin.TensorParallelConfig.from_deepspeed(ds_config).tp_size
+    config = tp_plugin.TensorParallelConfig.from_deepspeed(ds_config)
     tp_plugin.register()
     state = _join()
-    check_world(tp_size)
+    check_world(config.tp_size)
 
     from transformers import Trainer, default_data_collator
 
     tokenizer, train_set, held_out = _prepare(recipe, state)
     # Before TrainingArguments: with ZeRO-3 their mere existence makes from_pretrained partition over the whole world.
-    model = load_model(recipe.model)
+    model = load_model(recipe.model, config)
     model.config.use_cache = False
     _say(
-        f"{recipe.model.path}: {model.num_parameters() / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
+        f"{recipe.model.path}: {_size(model) / 1e6:,.1f}M parameters, vocabulary {model.config.vocab_size}; "
         f"{len(train_set)} blocks of {recipe.data.sequence_length} tokens to train on, {len(held_out)} held out"
     )
     trainer = Trainer(
@@ -78,7 +89,7 @@ def finetune(recipe: Recipe) -> None:
         processing_class=tokenizer,
     )
     start = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=_resumed(recipe, resume))
     seconds = time.monotonic() - start
     _report(trainer, seconds, evaluate=len(held_out) > 0)
 
@@ -91,6 +102,12 @@ def finetune(recipe: Recipe) -> None:
     agree(_visit(recipe, expected) if state.is_main_process else None)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _size(model: Any) -> int:
+    """Parameters of the whole model, of which a rank may hold shards."""
+    record = state_of(model)
+    return model.num_parameters() if record is None else sum(map(math.prod, record.shapes.values()))
 
 
 def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
@@ -163,6 +180,17 @@ def _prepare(recipe: Recipe, state: Any) -> tuple[Any, Blocks, Blocks]:
     agree(_sentence(cut_text) if state.is_local_main_process else None)  # one process a host writes the cache,
     agree(None if state.is_local_main_process else _sentence(cut_text))  # then its neighbours map it
     return tokenizer, *cut[0]
+
+
+def _resumed(recipe: Recipe, resume: str | None) -> str | None:
+    """The directory to resume from; None to begin. A collective call."""
+    if resume != LATEST_GOOD:
+        return resume
+    newest = newest_whole(Path(recipe.output_dir))
+    if newest is None:
+        _say(f"no whole checkpoint in {recipe.output_dir}: training begins anew")
+        return None
+    return str(newest.parent)
 
 
 def _build(recipe: Recipe, tokenizer_path: str) -> None:

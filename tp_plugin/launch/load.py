@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import tp_plugin
+from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch.recipe import ModelRecipe
 
 
-def load_model(recipe: ModelRecipe) -> Any:
+def load_model(recipe: ModelRecipe, config: TensorParallelConfig | None = None) -> Any:
     """A causal LM in CPU memory, as ``from_pretrained`` loads it.
+
+    With a ``config`` of tp_size above 1 each rank reads its slices of a text model; a model that is part of a larger
+    checkpoint comes whole, to be sharded by the engine.
 
     Of a checkpoint that also sees or hears, ``recipe.text_only`` takes the language model: its modules, under the class
     and the parameter names that transformers gives the text model alone.
@@ -18,16 +23,22 @@ def load_model(recipe: ModelRecipe) -> Any:
         TensorParallelError: the checkpoint lacks weights of the model. transformers would leave them random, with a
             warning.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.path,
-        dtype=recipe.dtype,
-        attn_implementation=recipe.attn_implementation,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        output_loading_info=True,
-    )
+    source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": recipe.dtype,
+        "attn_implementation": recipe.attn_implementation,
+        "output_loading_info": True,
+    }
+    known = AutoConfig.from_pretrained(recipe.path, **source)
+    loaded: Any
+    if config is not None and config.tp_size > 1 and known.get_text_config() is known:
+        loaded = tp_plugin.from_pretrained(
+            recipe.path, model_class=AutoModelForCausalLM, config=config, **source, **options
+        )
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(recipe.path, **source, **options)
     model, info = loaded
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])

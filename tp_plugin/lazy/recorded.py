@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tp_plugin.lazy import nodes, rows
+from tp_plugin.lazy import nodes, rows, sums
 from tp_plugin.lazy.logits import Family, VocabParallelLogits
 from tp_plugin.lazy.table import answers
 
@@ -214,7 +214,7 @@ def _add_row(func, logits, args, kwargs):
     Or other lazy logits, as a LoRA of the head adds.
     """
     if len(args) == 1 and not kwargs and isinstance(args[0], VocabParallelLogits) and args[0]._full is None:
-        found = nodes.added(logits, args[0])
+        found = sums.added(logits, args[0])
         return NotImplemented if found is None else found
     row, recipe = args[0] if len(args) == 1 else None, logits._recipe
     if kwargs or type(row) is not Tensor or row.requires_grad or not recipe.transform.identity or recipe.normalised:

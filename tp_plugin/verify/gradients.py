@@ -24,6 +24,7 @@ class GradientWatch:
         self._handles: list[Any] = []
         self._ran: set[str] = set()
         self._reached: set[str] = set()
+        self._trained: set[str] = set()  # then: an adapter may be switched before the next step
 
     def start(self) -> None:
         """Begin to listen; does nothing when it has begun."""
@@ -31,6 +32,7 @@ class GradientWatch:
             return
         for name, param in self.model.named_parameters():
             if param.requires_grad:
+                self._trained.add(name)
                 self._handles.append(param.register_hook(self._reaches(name)))
         for name, module in self.model.named_modules():
             if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "base_layer"):
@@ -50,7 +52,7 @@ class GradientWatch:
         lost = []
         adapters = [name for name, module in self.model.named_modules() if _is_adapter(module)]
         for name, param in self.model.named_parameters():
-            if not param.requires_grad or name in self._reached:
+            if not param.requires_grad or name not in self._trained or name in self._reached:
                 continue
             owner = name.rpartition(".")[0]
             adapter = next((a for a in adapters if name.startswith(f"{a}.")), None)

@@ -20,15 +20,12 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TensorParallelError
+from tp_plugin.weights import safetensors_file
 
 WINDOW = 8 << 20
 """Bytes of staging, or of a mapped file, at a time."""
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in safetensors_file.DTYPES.items()}
+"""What the format's names of dtypes stand for."""
 _LONGEST_HEADER = 100_000_000  # as safetensors itself has it
 Index = tuple[slice, ...]
 

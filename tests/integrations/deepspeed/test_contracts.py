@@ -132,7 +132,8 @@ INSTANCE = {
     ("config", ""): ("_param_dict", "train_batch_size"),
     (1, "optimizer"): (
         *("model_parallel_rank", "params_in_partition", "first_offset"),
-        *("bit16_groups", "single_partition_of_fp32_groups", "optimizer", "loss_scaler", "torch_autocast_gradscaler"),
+        *("single_partition_of_fp32_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets"),
+        *("real_dp_process_group", "optimizer", "loss_scaler", "torch_autocast_gradscaler"),
     ),
     (2, "optimizer"): ("model_parallel_rank", "params_in_partition", "first_offset"),
     (3, "optimizer"): (
@@ -142,7 +143,7 @@ INSTANCE = {
     (2, "offload"): ("norm_for_param_grads", "grad_position", "single_partition_of_fp32_groups"),
     (3, "offload"): ("norm_for_param_grads", "grad_position", "fp32_partitioned_groups_flat"),
     ("bf16", "optimizer"): ("fp32_groups_gradients", "bf16_groups", "mpu", "fp32_groups_flat_partition", "optimizer"),
-    (1, "parameter"): ("_hp_mapping",),
+    ("bf16", "parameter"): ("_hp_mapping",),
     (3, "parameter"): ("ds_id", "ds_tensor", "ds_shape", "ds_numel", "ds_process_group"),
 }
 
@@ -169,9 +170,9 @@ def missing() -> list[str]:
             look(key, engine.optimizer)
         look(("engine", ""), engine)
         look(("config", ""), engine._config)
-        if stage == 1:
+        if kind == "bf16":
             for param in engine.module.parameters():
-                look((1, "parameter"), param)
+                look(("bf16", "parameter"), param)
                 mapping = param._hp_mapping
                 if mapping is not None:
                     addresses = mapping.lp_fragment_address, mapping.hp_fragment_address

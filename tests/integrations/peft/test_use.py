@@ -28,8 +28,8 @@ HERE = "tests.integrations.peft.test_use"
 DATA = batch(9, 2)
 
 
-def shard(model: torch.nn.Module, tp: int = 2) -> torch.nn.Module:
-    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True))
+def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True, **options))
     return model
 
 
@@ -69,7 +69,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 # ---- saving and loading ----------------------------------------------------------------------------------------------
 
 
-def saved_and_loaded(family: str, adapter: str, stage: int, **options) -> None:
+def saved_and_loaded(family: str, adapter: str, stage: int, late: bool = True, **options) -> None:
     """Train, save; plain PEFT in one process, and a sharded model, give the logits of the trained one."""
     with shared_folder() as folder:
         engine = trained(adapt(make(family, **options), adapter), stage)
@@ -83,6 +83,9 @@ def saved_and_loaded(family: str, adapter: str, stage: int, **options) -> None:
         shapes = {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(plain).items()}
         assert {name: tensor.shape for name, tensor in files[0].items()} == shapes
         close(logits_of(peft.PeftModel.from_pretrained(make(family, **options), folder / "by us")), wanted)
+        if not late:
+            close(logits_of(shard(peft.PeftModel.from_pretrained(make(family, **options), folder / "by us"))), wanted)
+            return
         ours = peft.PeftModel.from_pretrained(shard(make(family, **options)), folder / "by us")
         close(logits_of(ours), wanted)
         ours.load_adapter(folder / "by us", "again")
@@ -108,6 +111,23 @@ def saves_scales() -> None:
 
 def saves_prompt() -> None:
     saved_and_loaded("Llama", "prompt", 1)
+
+
+def saves_dora() -> None:
+    saved_and_loaded("Llama", "DoRA", 1, late=False)
+
+
+def merges_dora() -> None:
+    """Merged, and taken apart again, as in one process; dropout included."""
+    truth, ours = adapt(make("Llama"), "DoRA"), shard(adapt(make("Llama"), "DoRA"))
+    start = logits_of(truth)
+    for model in (truth, ours):
+        model.merge_adapter()
+    close(logits_of(ours), logits_of(truth))
+    close(logits_of(ours), start)
+    for model in (truth, ours):
+        model.unmerge_adapter()
+    gradients_of(ours, truth)
 
 
 def merges() -> None:
@@ -183,7 +203,7 @@ def by_transformers() -> None:
 
 
 def switches() -> None:
-    """Without its adapters a model is the base, and another adapter trains as in one process."""
+    """Without its adapters a model is the base; it generates, and another adapter trains, as in one process."""
     truth = adapt(make("Llama", heads=(6, 3)), "several")
     for ours in (
         shard(adapt(make("Llama", heads=(6, 3)), "several")),
@@ -192,6 +212,10 @@ def switches() -> None:
         base = make("Llama", heads=(6, 3))
         with ours.disable_adapter():
             close(logits_of(ours), logits_of(base))
+        asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        words = [model.generate(input_ids=DATA["input_ids"], **asked) for model in (ours, truth, base)]
+        assert torch.equal(words[0], words[1])
+        assert not torch.equal(words[1], words[2]), "the adapter says nothing"
         for adapter in ("second", "default"):
             for model in (ours, truth):
                 model.set_adapter(adapter)
@@ -202,7 +226,7 @@ def drops_out() -> None:
     """One mask for what is replicated, another on each rank for what is sharded; recomputation gives them again."""
     masks: dict[str, torch.Tensor] = {}
     torch.manual_seed(5)
-    model = shard(adapt(make("Llama"), "every linear", lora_dropout=0.5)).train()
+    model = shard(adapt(make("Llama", attention_dropout=0.3), "every linear", lora_dropout=0.5)).train()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda m, a, out, name=name: masks.update({name: (out == 0) & (a[0] != 0)}))
@@ -258,7 +282,7 @@ def collectives() -> None:
         model = make("Llama")
         model.requires_grad_(False)
         model.get_input_embeddings().weight.requires_grad_(True)
-        model = shard(model if adapter is None else adapt(model, adapter)).train()
+        model = shard(model if adapter is None else adapt(model, adapter), guard=False).train()
         with counted() as counter:
             model(**DATA).loss.backward()
         found.append(counter)
@@ -279,7 +303,17 @@ def lora(**options) -> peft.LoraConfig:
 
 
 def refuse_dora() -> None:
-    shard(peft.get_peft_model(make("Llama"), lora(use_dora=True)))
+    shard(peft.get_peft_model(make("Llama", heads=(6, 3)), lora(target_modules=["k_proj"], use_dora=True)))
+
+
+def refuse_dora_zero_3() -> None:
+    model = peft.get_peft_model(make("Llama"), lora(use_dora=True))
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 3) | {"tp_plugin": {"guard": False}})
+    engine(**DATA)
+
+
+def refuse_variant() -> None:
+    shard(peft.get_peft_model(make("Llama"), lora(alora_invocation_tokens=[1, 2])))
 
 
 def refuse_dora_late() -> None:
@@ -349,8 +383,10 @@ def refuse_shared_scales() -> None:
 
 
 SAYS = {
-    "refuse_dora": "use_dora",
-    "refuse_dora_late": "use_dora",
+    "refuse_dora": "uses more than once",
+    "refuse_dora_late": "put it in before sharding",
+    "refuse_dora_zero_3": "use ZeRO 2 or less",
+    "refuse_variant": "alora_invocation_tokens",
     "refuse_loha": "PEFT type LOHA",
     "refuse_loha_late": "PEFT type LOHA",
     "refuse_prefix": "PEFT type PREFIX_TUNING",
@@ -367,8 +403,8 @@ SAYS = {
     "refuse_shared_scales": "key/value heads that ranks share",
 }
 RIGHT = (
-    *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "merges", "full_state"),
-    *("by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
+    *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "saves_dora", "merges"),
+    *("merges_dora", "full_state", "by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
 )
 
 

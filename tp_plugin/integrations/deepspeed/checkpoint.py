@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 
@@ -87,6 +88,7 @@ def save(
     _refuse_local_storage(engine)
     folder, tag = Path(save_dir), str(tag or f"global_step{engine.global_steps}")
     _refuse_different(tag)
+    get_accelerator().synchronize()  # nothing of the last step is under way on another stream
     with between_steps(engine):
         with written_whole(folder / tag) as temporary:
             store.write(engine, temporary, client_state or {}, exclude_frozen_parameters)
@@ -154,6 +156,7 @@ def load(
     damage = examine_together(directory)
     if damage is not None:
         raise TensorParallelError(_with_offer(damage, directory.parent))
+    get_accelerator().synchronize()
     with between_steps(engine):
         client = restore.read(
             engine, directory, strict=strict, optimizer=optimizer, scheduler=scheduler, counters=counters
@@ -204,7 +207,8 @@ def _look(folder: Path, tag: str | None, needed: bool) -> list[Any]:
     if any(path.glob("*.pt")):
         problem = (
             f"{str(path)!r} is a checkpoint of DeepSpeed's own, pickles for one shape: turn it into weights where it "
-            "was saved (zero_to_fp32.py lies beside it) and load those with from_pretrained."
+            "was saved (zero_to_fp32.py lies beside it), and give an unsharded engine's config a 'tp_plugin' block and "
+            "autotp_size 1 for checkpoints that any shape resumes."
         )
         return [None, problem]
     missing = "is not a whole checkpoint" if path.is_dir() else "does not exist"

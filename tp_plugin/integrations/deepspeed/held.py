@@ -84,9 +84,9 @@ def flats(engine: Any, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return _stage3(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return _partitioned(optimizer, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+        return _partitioned(optimizer, names)
     if isinstance(optimizer, BF16_Optimizer):
-        return _partitioned(optimizer, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
+        return _linked(optimizer, names)
     if isinstance(optimizer, torch.optim.Optimizer):
         return _plain(optimizer, names)
     raise TensorParallelError(
@@ -104,12 +104,28 @@ def _plain(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[lis
     return found, [Held(flat.names[0], flat, 0, 0, flat.tensor.numel()) for flat in found]
 
 
-def _partitioned(
-    optimizer: Any, groups: list, partitions: list, names: dict[int, str]
-) -> tuple[list[Flat], list[Held]]:
+def _partitioned(optimizer: Any, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
+    """Stages 1 and 2. Not by ``_hp_mapping``, which takes no notice of the order of ``round_robin_gradients``."""
     found, held = [], []
-    for index, (params, partition) in enumerate(zip(groups, partitions, strict=True)):
-        # a defaultdict: what is asked for by [] would be made
+    for index, partition in enumerate(optimizer.single_partition_of_fp32_groups):
+        params, offsets = optimizer.round_robin_bit16_groups[index], optimizer.round_robin_bit16_offsets[index]
+        # the state is a defaultdict: what is asked for by [] would be made
+        state = optimizer.optimizer.state.get(partition, {})
+        flat = Flat(index, partition, state, tuple(names[id(param)] for param in params))
+        found.append(flat)
+        begin = partition.numel() * dist.get_rank(optimizer.real_dp_process_group[index])
+        for param, offset in zip(params, offsets, strict=True):
+            start, stop = max(offset, begin), min(offset + param.numel(), begin + partition.numel())
+            if start < stop:
+                held.append(Held(names[id(param)], flat, start - begin, start - offset, stop - start))
+    return found, held
+
+
+def _linked(optimizer: Any, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
+    found, held = [], []
+    for index, (params, partition) in enumerate(
+        zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True)
+    ):
         state = optimizer.optimizer.state.get(partition, {})
         flat = Flat(index, partition, state, tuple(names[id(param)] for param in params))
         found.append(flat)

@@ -32,13 +32,15 @@ def read(
         loading = _Loading(engine, directory, strict=strict, optimizer=optimizer)
     except TensorParallelError as refused:
         error = str(refused)
+    except Exception as failure:  # the other ranks are waiting
+        error = f"the checkpoint {str(directory)!r} could not be compared: {type(failure).__name__}: {failure}"
     agree(error)
     assert loading is not None
     try:
         loading.weights()
         if optimizer:
             loading.states()
-    except (TensorParallelError, OSError) as failure:
+    except Exception as failure:
         error = f"the checkpoint {str(directory)!r} was read in part, and this engine is no longer whole: {failure}"
     agree(error)
     loading.masters()
@@ -87,9 +89,10 @@ class _Loading:
                 if left_out
                 else "load it into the model it was saved from"
             )
+            more = len(missing) + len(strange) - 1
+            what += f" (and {more} more differ)" if more else ""
             raise TensorParallelError(
-                f"the checkpoint {where!r} is of another model ({theirs}; this is {ours}): it {what} (and "
-                f"{len(missing) + len(strange) - 1} more differ); {fix}."
+                f"the checkpoint {where!r} is of another model ({theirs}; this is {ours}): it {what}; {fix}."
             )
         for name, layout in self.layouts.items():
             if name in stored and entries[name].layout.shape != layout.shape:

@@ -76,11 +76,10 @@ def write(engine: Any, directory: Path, client_state: dict, exclude_frozen: bool
     try:
         record = write_tensors(directory / name, tensors)
         mine = RankFile(tp_rank=mesh.tp_rank, dp_rank=mesh.dp_rank, bytes=record.bytes, sha256=record.sha256)
-    except OSError as failure:
-        error = (
-            f"writing {name} of the checkpoint {str(directory.parent / _tag(directory))!r} failed: "
-            f"{failure.strerror or failure}; nothing was overwritten."
-        )
+    except Exception as failure:  # whatever it was: the other ranks are waiting
+        reason = getattr(failure, "strerror", None) or f"{type(failure).__name__}: {failure}"
+        where = str(directory.parent / _tag(directory))
+        error = f"writing {name} of the checkpoint {where!r} failed: {reason}; nothing was overwritten."
     found = [(name, mine, error)]
     if dist.is_initialized():
         found = found * dist.get_world_size()

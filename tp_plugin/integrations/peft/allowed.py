@@ -8,13 +8,14 @@ from typing import Any
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners import ia3, lora
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from tp_plugin.integrations.peft.lay import VocabParallelLoraEmbedding, adapters_in
 from tp_plugin.integrations.peft.wrappers import bare_of, tuners_of, twins_of, wrappers_of
-from tp_plugin.plans import Plan
+from tp_plugin.plans import Placement, Plan
 from tp_plugin.plans import plan as p
 
 TYPES = (PeftType.LORA, PeftType.IA3, PeftType.PROMPT_TUNING, PeftType.P_TUNING)
@@ -53,6 +54,8 @@ def obstacle(model: nn.Module) -> str | None:
                 f"does not know; {_KNOWN}, or leave the module out of target_modules."
             )
         for adapter, variant in getattr(tuner, "lora_variant", {}).items():  # some come with init_lora_weights
+            if type(variant) is DoraLinearVariant:
+                continue
             return (
                 f"{name!r} has the LoRA variant {type(variant).__name__} in adapter {adapter!r}, which tensor "
                 "parallelism does not support; train plain LoRA, or use tp_size 1."
@@ -81,7 +84,7 @@ def config_obstacle(adapter: str, config: PeftConfig) -> str | None:
         )
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
     for name in variants:
-        if getattr(config, name):
+        if getattr(config, name) and name != "use_dora":
             return (
                 f"adapter {adapter!r} is a variant of LoRA ({name}), which tensor parallelism does not support; train "
                 f"plain LoRA (leave {name} off), or use tp_size 1."
@@ -105,7 +108,7 @@ def objection(bare: nn.Module, plan: Plan) -> str | None:
         if isinstance(tuner, ia3.IA3Layer) and repeats and not tuner.is_feedforward:
             return f"IA3 on {name!r} scales key/value heads that ranks share; choose an autotp_size that divides them."
         for adapter in adapters_in(tuner):
-            if error := _particulars(name, tuner, adapter, style, name in summed):
+            if error := _particulars(name, tuner, adapter, placement, name in summed):
                 return error
     for name, _ in twins_of(bare):
         if error := _twin_objection(name, plan):
@@ -113,7 +116,13 @@ def objection(bare: nn.Module, plan: Plan) -> str | None:
     return None
 
 
-def _particulars(name: str, tuner: Any, adapter: str, style: str | None, summed: bool) -> str | None:
+def _particulars(name: str, tuner: Any, adapter: str, placement: Placement | None, summed: bool) -> str | None:
+    style = None if placement is None else placement.style
+    if adapter in getattr(tuner, "lora_magnitude_vector", {}):
+        repeats = placement is not None and placement.outputs is not None
+        if summed or repeats or style in (p.COLUMN_GATHER, p.VOCAB_HEAD, p.ENTER, p.LATENT):
+            what = "key/value heads that a rank uses more than once" if repeats else f"style {style}"
+            return f"DoRA on {name!r} ({what}) is not supported; train LoRA there, or leave it out of target_modules."
     if isinstance(tuner, lora.Linear) and tuner.lora_bias[adapter]:
         if summed:
             return f"lora_bias on {name!r} would be added to a result that is partial still; set lora_bias=False."

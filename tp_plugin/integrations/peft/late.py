@@ -84,6 +84,8 @@ def _obstacle(model: nn.Module, adapter: str, config: Any) -> str | None:
         return error
     if any(hasattr(param, "ds_id") for param in model.parameters()):
         return "this model's parameters are partitioned by ZeRO-3 already; add adapters before deepspeed.initialize."
+    if getattr(config, "use_dora", False):
+        return "DoRA begins with the norms of whole weights, and this model is sharded; put it in before sharding."
     if getattr(config, "init_lora_weights", True) not in PLAIN_INITS:
         return (
             f"init_lora_weights={config.init_lora_weights!r} reads whole weights, and this model is sharded; put the "

@@ -14,6 +14,7 @@ from peft.tuners import ia3, lora
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from tp_plugin.integrations.peft.dora import ShardedDora
 from tp_plugin.integrations.peft.wrappers import tuners_of, twins_of, wrapped, wrappers_of
 from tp_plugin.layers import (
     ColumnParallel,
@@ -98,6 +99,7 @@ def _lay_linear(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None
         _cut_all(second, layout, mesh)
         second.__class__ = ColumnParallelLinear
         second.tp_setup(mesh, layout, gather=base.tp_gather, outputs=base.tp_outputs)
+        _lay_magnitudes(tuner, adapter, mesh, layout)
     elif isinstance(base, RowParallel):
         layout = base.tp_layout.along(1, first.weight.shape)
         _cut_all(first, layout, mesh)
@@ -106,6 +108,7 @@ def _lay_linear(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None
         first.tp_setup(mesh, layout, split=base.tp_split, partial=base.tp_partial)
         if base.tp_partial:
             sum_partial_gradient(second.weight, mesh)
+        _lay_magnitudes(tuner, adapter, mesh, None)
     elif isinstance(base, VocabParallelHead):  # the sum of its logits and the base's is not computed either
         layout = base.tp_layout.along(0, second.weight.shape)
         _cut_all(second, layout, mesh)
@@ -113,6 +116,18 @@ def _lay_linear(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None
         second.tp_setup(mesh, layout, base.tp_workspace_bytes)
     elif hasattr(base, "tp_enters"):
         enter_after(second, *base.tp_enters)
+
+
+def _lay_magnitudes(tuner: Any, adapter: str, mesh: ParallelMesh, outputs: ShardLayout | None) -> None:
+    """Those of DoRA, where it is one; ``outputs``: how the base's lie, None where every rank has all."""
+    if adapter not in tuner.lora_magnitude_vector:
+        return
+    magnitudes: Any = tuner.lora_magnitude_vector[adapter]
+    magnitudes.__class__ = ShardedDora
+    magnitudes.tp_mesh, magnitudes.tp_row = mesh, outputs is None
+    if outputs is not None:
+        place(magnitudes.weight, outputs.along(0, magnitudes.weight.shape), mesh)
+        take_full_tensors(magnitudes, mesh)
 
 
 def _lay_embedding(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:

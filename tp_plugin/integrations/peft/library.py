@@ -6,7 +6,7 @@ import contextlib
 
 import peft
 from peft.tuners import ia3, lora, tuners_utils
-from peft.tuners.lora import layer
+from peft.tuners.lora import dora, layer, variants
 from peft.utils import other
 from torch import nn
 
@@ -33,6 +33,11 @@ def check_contracts() -> None:
     contract(lora.Embedding, "_embed", ["input", "weight"], "it looks words up in a sharded table")
     contract(layer, "ParamWrapper", None, laid)
     contract(ia3, "Linear", None, laid)
+    contract(variants, "DoraLinearVariant", None, laid)
+    norms = "it takes the norms of sharded weights"
+    contract(dora.DoraLinearLayer, "get_weight_norm", ["weight", "lora_weight", "scaling"], norms)
+    contract(dora.DoraLinearLayer, "get_lora_weight", ["lora_A", "lora_B"], norms)
+    contract(dora.DoraLinearLayer, "forward", ["x", "lora_A", "lora_B", "scaling", "base_layer"], norms)
     contract(ia3, "IA3Layer", None, laid)
 
 

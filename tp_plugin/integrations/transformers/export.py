@@ -74,7 +74,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     if first:
         try:
             staging.mkdir(parents=True)
-            files = _described(model, staging, options)
+            files = described(model, staging, options)
         except Exception as failure:  # whatever it was, every rank must learn of it
             error = _sentence(directory, failure)
     try:
@@ -83,7 +83,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
         agree(_written(model_or_engine, model, staging, files))
         if first:
             try:
-                _publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
+                publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
             except Exception as failure:
                 error = _sentence(directory, failure)
         agree(error)
@@ -135,7 +135,7 @@ class _Tracing(TorchFunctionMode):
         return out
 
 
-def _described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
+def described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
     """Let transformers write everything but weights into ``staging``; what it would have written of those."""
     sources, hollow = persistent(model), {}
     for name, tensor in sources.items():
@@ -218,7 +218,7 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
     return [(replica, rank) for rank, replica, sees in sorted(everyone) if sees]
 
 
-def _publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> None:
+def publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> None:
     """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves."""
     fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     for path in fresh:

@@ -1,0 +1,131 @@
+"""An HF directory of an engine checkpoint, made offline in one process, a tensor at a time."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, core_model_loading
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.integrations.transformers.export import Files, described, publish
+from tp_plugin.weights.container import dtype_named
+from tp_plugin.weights.fragments import Fragments
+from tp_plugin.weights.manifest import WEIGHT, Manifest
+from tp_plugin.weights.safetensors_file import SafetensorsFile
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
+"""Files that HF Trainer leaves beside a checkpoint and that belong to a model's directory."""
+
+
+def export(checkpoint: Path, directory: Path, *, max_shard_size: str | int = "5GB") -> list[str]:
+    """Write ``directory`` so that plain ``from_pretrained`` loads it, as ``save_pretrained`` would have.
+
+    Weights are read from the master weights and rounded to the dtype the model was trained in. In memory are one full
+    tensor (of a converted group: the group) and its pieces.
+
+    Args:
+        checkpoint: a whole checkpoint; it is not examined here.
+        directory: made if missing; an HF model in it is replaced.
+
+    Returns:
+        names of the files written.
+
+    Raises:
+        TensorParallelError: what cannot be exported, or a disk that is full; ``directory`` is then as it was.
+    """
+    manifest = Manifest.load(checkpoint)
+    model = _on_meta(manifest, checkpoint)
+    staging = directory / f".saving-{secrets.token_hex(4)}"
+    fragments = Fragments(checkpoint, manifest)
+    try:
+        staging.mkdir(parents=True)
+        files = described(model, staging, {"max_shard_size": max_shard_size})
+        _write(model, files, fragments, staging)
+        for file in _beside(checkpoint):
+            shutil.copy(file, staging / file.name)
+        names = sorted(path.name for path in staging.iterdir())
+        publish(staging, directory, {name for name, _, _ in files}, None)
+    except OSError as failure:
+        raise TensorParallelError(
+            f"writing {str(directory)!r} failed: {failure.strerror or failure}; no model there was touched."
+        ) from failure
+    finally:
+        fragments.close()
+        shutil.rmtree(staging, ignore_errors=True)
+    return names
+
+
+def _on_meta(manifest: Manifest, checkpoint: Path) -> PreTrainedModel:
+    """The model without memory, its parameters in the dtypes that they were trained in."""
+    left_out = [name for name, entry in manifest.entries.items() if not entry.stored]
+    if left_out:
+        raise TensorParallelError(
+            f"the checkpoint {str(checkpoint)!r} was saved without frozen parameters such as {left_out[0]!r}; export "
+            "the model while it trains, with tp_plugin.save_pretrained."
+        )
+    name, config = manifest.model["class"], manifest.model.get("config")
+    model_class = getattr(transformers, name, None)  # by name, out of transformers alone: a checkpoint runs no code
+    if config is None or not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise TensorParallelError(
+            f"the checkpoint {str(checkpoint)!r} is of a {name}, which is no model of the installed transformers; "
+            "export it while it trains, with tp_plugin.save_pretrained."
+        )
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dict(config))  # type: ignore[union-attr]
+    if manifest.model.get("generation_config") and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_dict(manifest.model["generation_config"])
+    first = {alias: name for name, entry in manifest.entries.items() for alias in entry.names}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        entry = manifest.entries.get(first.get(name, ""))
+        if entry is None or entry.layout.shape != tuple(tensor.shape):
+            raise TensorParallelError(
+                f"the checkpoint {str(checkpoint)!r} does not hold {name!r} of shape {list(tensor.shape)}, which the "
+                f"installed transformers' {type(model).__name__} has; export it with transformers "
+                f"{manifest.versions.get('transformers', 'as it was')}."
+            )
+        tensor.data = tensor.data.to(dtype_named(entry.dtype))
+    return model
+
+
+def _write(model: PreTrainedModel, files: Files, fragments: Fragments, staging: Path) -> None:
+    entries = fragments.manifest.entries
+    first = {alias: name for name, entry in entries.items() for alias in entry.names}
+
+    def full(name: str) -> torch.Tensor:
+        filed = first[name]
+        return fragments.full(WEIGHT, filed).to(dtype_named(entries[filed].dtype))
+
+    for filename, outputs, metadata in files:
+        # of the source read last, and what was computed of it: neighbours are often parts of one tensor
+        known: tuple[tuple[str, ...], Any] = ((), None)
+        with SafetensorsFile(staging / filename, {o.name: (o.dtype, o.shape) for o in outputs}, metadata) as file:
+            for output in outputs:
+                if known[0] != output.sources:
+                    known = ((), None)  # let go before the next is read
+                    sources: Mapping[str, torch.Tensor] = {name: full(name) for name in output.sources}
+                    computed = output.view is None
+                    made = core_model_loading.revert_weight_conversion(model, dict(sources)) if computed else sources
+                    known = output.sources, made
+                if output.view is None:
+                    file.write(output.name, known[1][output.name].contiguous())
+                else:
+                    view, source = output.view, known[1][output.sources[0]]
+                    file.write(output.name, source.as_strided(view.size, view.stride, view.offset).contiguous())
+
+
+def _beside(checkpoint: Path) -> list[Path]:
+    for folder in (checkpoint, checkpoint.parent):
+        found = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+        if found:
+            return found
+    return []

@@ -1,0 +1,74 @@
+"""``tp-plugin inspect`` and ``tp-plugin export``: engine checkpoints looked at and turned into HF directories."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.weights.container import dtype_named
+from tp_plugin.weights.manifest import FILE, WEIGHT, Manifest
+from tp_plugin.weights.whole import LATEST, candidates, examine
+
+
+def found(path: Path) -> Path:
+    """The checkpoint that a path means: itself, the one its ``latest`` names, or the newest under it.
+
+    Raises:
+        TensorParallelError: there is none.
+    """
+    if (path / FILE).is_file():
+        return path
+    latest = path / LATEST
+    if latest.is_file():
+        return path / latest.read_text(errors="replace").strip()
+    newest = candidates(path) if path.is_dir() else []
+    if not newest:
+        raise TensorParallelError(f"there is no checkpoint of tp_plugin's at {str(path)!r}.")
+    return newest[0]
+
+
+def report(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds and whether it is whole, as JSON; ``problem`` is None for a whole one."""
+    checkpoint = found(path)
+    problem = examine(checkpoint)
+    said: dict[str, Any] = {"checkpoint": str(checkpoint), "whole": problem is None, "problem": problem}
+    try:
+        manifest = Manifest.load(checkpoint)
+    except TensorParallelError:
+        return said
+    entries = manifest.entries.values()
+    trained = [entry for entry in entries if entry.trained]
+    optimizer = manifest.optimizer or {}
+    return said | {
+        "step": manifest.step,
+        "tp": manifest.tp,
+        "dp": manifest.dp,
+        "zero": manifest.zero,
+        "model": manifest.model.get("class"),
+        "parameters": sum(math.prod(entry.layout.shape) for entry in entries if not entry.buffer),
+        "trained": sum(math.prod(entry.layout.shape) for entry in trained),
+        "dtypes": sorted({str(dtype_named(entry.dtype)).removeprefix("torch.") for entry in entries}),
+        "optimizer": optimizer.get("class"),
+        "states": [WEIGHT, *optimizer.get("elementwise", [])],
+        "scheduler": manifest.scheduler is not None,
+        "files": len(manifest.files),
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "versions": dict(manifest.versions),
+    }
+
+
+def described(said: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = [said["checkpoint"]]
+    if "step" in said:
+        lines += [
+            f"  {said['model']} after {said['step']} steps, of tp={said['tp']} dp={said['dp']} ZeRO-{said['zero']}",
+            f"  {said['parameters']:,} parameters in {', '.join(said['dtypes'])}, {said['trained']:,} of them trained",
+            f"  {said['optimizer'] or 'no optimizer'}, kept for each element: {', '.join(said['states'])}"
+            + (", with its learning rate schedule" if said["scheduler"] else ""),
+            f"  {said['files']} files of {said['bytes'] / 1e6:,.1f} MB, by "
+            + ", ".join(f"{name} {version}" for name, version in said["versions"].items()),
+        ]
+    return "\n".join([*lines, f"  {'WHOLE' if said['whole'] else 'DAMAGED: ' + said['problem']}"])
