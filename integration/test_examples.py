@@ -80,12 +80,12 @@ def test_run_clm(folder):
     assert found["sharded"]["printed"].splitlines().count(written[0]) == 1
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("rank", [pytest.param(0, id="full"), pytest.param(4, id="lora")])
 def test_sft_trl(folder, rank):
     arguments = ["--model", f"{folder}/model", "--data", f"{folder}/chats.jsonl", "--held_out", "0.25",
                  "--max_steps", "4", "--bf16", "false", "--lora_rank", str(rank)]  # fmt: skip
     found = run(folder, f"sft {rank}", "sft_trl.py", arguments, rows=4)
-    assert_same_log(found)
+    assert_same_log(found, but=("total_flos",))  # which count padding, and replicas pad for themselves
     keys = {key for entry in found["plain"]["log"] for key in entry}
     assert keys >= {"entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_mean_token_accuracy"}
     if not rank:
@@ -98,20 +98,20 @@ def test_sft_trl(folder, rank):
     assert all(tensor.norm() > 0 for name, tensor in theirs.items() if "lora_B" in name)
 
 
-def assert_same_log(found: dict[str, dict]) -> None:
+def assert_same_log(found: dict[str, dict], but: tuple[str, ...] = ()) -> None:
     plain, sharded = (found[how]["log"] for how in ("plain", "sharded"))
     assert len(plain) == len(sharded)
     for theirs, ours in zip(plain, sharded, strict=True):
-        assert_same_numbers(theirs, ours)
+        assert_same_numbers(theirs, ours, but)
     losses = [entry["loss"] for entry in plain if "loss" in entry]
     assert len(losses) == 4
     assert len(set(losses)) == 4
 
 
-def assert_same_numbers(theirs: dict[str, float], ours: dict[str, float]) -> None:
+def assert_same_numbers(theirs: dict[str, float], ours: dict[str, float], but: tuple[str, ...] = ()) -> None:
     assert theirs.keys() == ours.keys()
     for key, value in theirs.items():
-        if not any(part in key for part in TOLD_BY_CLOCKS):
+        if key not in but and not any(part in key for part in TOLD_BY_CLOCKS):
             assert math.isclose(ours[key], value, rel_tol=2e-5, abs_tol=1e-7), f"{key}: {ours[key]}, not {value}"
 
 

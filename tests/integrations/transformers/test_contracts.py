@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations import deepspeed as trainer_side
 from transformers.integrations import moe
 from transformers.modeling_utils import ModuleUtilsMixin
-from transformers.utils import PushToHubMixin, hub
+from transformers.utils import hub
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.transformers import (
@@ -23,7 +23,6 @@ from tp_plugin.integrations.transformers import (
     generate,
     loading,
     parameters,
-    push,
     rates,
     reading,
     record,
@@ -61,14 +60,12 @@ def test_every_name_is_where_we_expect_it(part):
         (parameters, trainer, "get_model_param_count"),
         (parameters, Trainer, "get_num_trainable_parameters"),
         (parameters, Trainer, "floating_point_ops"),
-        (push, PushToHubMixin, "push_to_hub"),
         (rates, trainer, "speed_metrics"),
         (rates, Trainer, "evaluate"),
         (rates, Trainer, "predict"),
         (reading, Trainer, "_get_dataloader"),
         (export, modeling_utils, "safe_save_file"),
         (export, core_model_loading, "revert_weight_conversion"),
-        (export, PreTrainedModel, "save_pretrained"),
         (export, Trainer, "save_model"),
         (export, hub, "create_and_tag_model_card"),
         (first_step, Trainer, "training_step"),
@@ -104,6 +101,11 @@ def test_trainer_derives_from_the_rank_in_the_world_what_loaders_read():
     assert_source_has(Trainer._get_train_sampler, "rank = self.args.process_index", why)
     assert_source_has(Trainer._get_dataloader, "partial( seed_worker, num_workers=", why)
     assert_source_has(Trainer._get_dataloader, "rank=self.args.process_index", why)
+
+
+def test_a_model_is_pushed_by_whoever_calls():
+    why = "transformers/push.py uploads once for all ranks"
+    assert_source_has(PreTrainedModel.push_to_hub, "self.save_pretrained(tmp_dir, max_shard_size=max_shard_size)", why)
 
 
 def test_every_way_into_continuous_batching_is_refused():

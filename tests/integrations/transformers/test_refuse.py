@@ -41,7 +41,5 @@ def test_without_tensor_parallelism_they_are_the_originals():
     integration.install()
     try:
         assert trainer.find_executable_batch_size(lambda size: size, 4, True)() == 4
-        with pytest.raises(ImportError, match="liger-kernel"):
-            trainer.apply_liger_kernel(None, None)
     finally:
         integration.uninstall()
