@@ -32,6 +32,9 @@ def test_losses_norms_and_adapters_equal_one_process(runs, stage):
     assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(truth["losses"], rel=1e-5)
     assert [entry["grad_norm"] for entry in log if "grad_norm" in entry] == pytest.approx(truth["norms"], rel=1e-5)
     assert min(truth["norms"]) > 0.05, "clipping must be at work"
+    last = [entry for entry in log if "loss" in entry][-1]
+    again = [entry for entry in ranks[0]["resumed"] if "loss" in entry][-1]
+    assert (again["loss"], again["grad_norm"]) == (last["loss"], last["grad_norm"]), "resumed otherwise than it left"
     assert len({rank["evaluated"] for rank in ranks}) == 1
     saved = peft.PeftModel.from_pretrained(tiny.model(), runs / str(stage) / "adapter", is_trainable=True)
     start = dict(tiny.adapted().named_parameters())

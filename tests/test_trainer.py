@@ -93,7 +93,7 @@ def test_the_cases_show_what_they_are_for():
 
 def curves(tp: int, exact: bool) -> dict[str, torch.Tensor]:
     """Losses and norms [model and step, 2] of several models: how roundings fall out is chance."""
-    return {name: torch.cat([curve(train(name, tp, exact, seed)) for seed in range(6)]) for name in HALF}
+    return {name: torch.cat([curve(train(name, tp, exact, seed)) for seed in range(4)]) for name in HALF}
 
 
 def curve(found: dict) -> torch.Tensor:

@@ -32,13 +32,20 @@ for stage in options.zero:
         max_grad_norm=0.05, weight_decay=0.0, logging_steps=1, report_to="none", disable_tqdm=True, save_steps=2,
         gradient_checkpointing=stage == 3,
     )  # fmt: skip
-    trainer = Trainer(
-        model=tiny.adapted(), args=arguments, train_dataset=tiny.Samples(24), eval_dataset=tiny.Samples(4),
-        data_collator=collate,
-    )  # fmt: skip
+
+    def trainer_of(collate=collate, arguments=arguments):
+        return Trainer(
+            model=tiny.adapted(), args=arguments, train_dataset=tiny.Samples(24), eval_dataset=tiny.Samples(4),
+            data_collator=collate,
+        )  # fmt: skip
+
+    trainer = trainer_of()
     trainer.train()
     found = {"batches": list(read), "log": trainer.state.log_history, "evaluated": trainer.evaluate()["eval_loss"]}
     trainer.save_model(f"{folder}/adapter")
+    resumed = trainer_of()
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    found["resumed"] = resumed.state.log_history
     with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
         json.dump(found, file)
 torch.distributed.barrier()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
@@ -28,16 +27,14 @@ from tp_plugin.layers import (
     sum_partial_gradient,
 )
 from tp_plugin.layout import ShardLayout
-from tp_plugin.lazy import materialise_outputs
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Placement, Plan, plan_for
 from tp_plugin.plans import plan as p
 from tp_plugin.plans.checks import is_conv1d
-from tp_plugin.plans.experts import check_implementation
 from tp_plugin.sharding import adapters
 from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import make_equal
-from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.guards import guard, guard_attentions, guard_experts
 from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
 
@@ -139,11 +136,11 @@ def install(
         library = adapters.of(model)
         if library is not None:
             library.lay(bare, mesh)
-        _guard(bare, mesh, config)
+        guard(bare, mesh, config)
         if plan.regions:
-            _guard_attentions(bare)
+            guard_attentions(bare)
         if plan.mixtures:
-            _guard_experts(bare)
+            guard_experts(bare)
         sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
         counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
         record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
@@ -306,73 +303,3 @@ def _sum_partial(plan: Plan, find: Finder, mesh: ParallelMesh) -> None:
         for module in find(name):
             for param in module.parameters(recurse=False):
                 sum_partial_gradient(param, mesh)
-
-
-def _guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
-    """Hooks on the whole model: inputs compared, logits whole at the exit of a no_grad forward, no late resizing."""
-    heads = [module for module in model.modules() if isinstance(module, VocabParallelHead)]
-    model.tp_heads = heads  # type: ignore[assignment]
-    InputGuard(model, mesh, config)
-
-    @torch.compiler.disable
-    def enter(_module: nn.Module, _args: tuple) -> None:
-        for head in heads:
-            head.tp_inside_model = True
-
-    @torch.compiler.disable
-    def leave(_module: nn.Module, _args: tuple, output: object) -> object:
-        for head in heads:
-            head.tp_inside_model = False
-        # on every rank, so that one of them reading the logits alone cannot hang
-        return output if torch.is_grad_enabled() else materialise_outputs(output)
-
-    if heads:
-        model.register_forward_pre_hook(enter)
-        model.register_forward_hook(leave, always_call=True)
-
-    def refuse(*_args: object, **_kwargs: object) -> None:
-        raise TensorParallelError(
-            "resize_token_embeddings works on whole embeddings, and this model is sharded; resize before sharding."
-        )
-
-    if hasattr(model, "resize_token_embeddings"):
-        model.resize_token_embeddings = refuse  # type: ignore[assignment]
-
-
-def _guard_attentions(model: nn.Module) -> None:
-    """No attention weights among the outputs: each rank would hand out those of its own heads as if they were all."""
-
-    @torch.compiler.disable
-    def refuse(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-        asked = kwargs.get("output_attentions")
-        if asked or (asked is None and getattr(getattr(model, "config", None), "output_attentions", False)):
-            raise TensorParallelError(
-                "output_attentions asks for the weights of all heads, and each rank of a tensor-parallel group has "
-                "those of its own only; leave it off, or use tp_size 1."
-            )
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-
-
-def _guard_experts(model: nn.Module) -> None:
-    """No late change to a way of computing experts that does not know of shards."""
-
-    def refuse(*_args: object, **_kwargs: object) -> None:
-        raise TensorParallelError(
-            "kernels of the hub replace whole mixtures of experts, and this model's are sharded; build it with "
-            "use_kernels=False."
-        )
-
-    def choose(implementation: object) -> None:
-        before = model.get_experts_implementation()  # type: ignore[operator]
-        type(model).set_experts_implementation(model, implementation)  # type: ignore[attr-defined]
-        try:
-            check_implementation(model)
-        except TensorParallelError:
-            type(model).set_experts_implementation(model, before)  # type: ignore[attr-defined]
-            raise
-
-    if hasattr(model, "set_use_kernels"):
-        model.set_use_kernels = refuse  # type: ignore[assignment]
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation = choose  # type: ignore[assignment]

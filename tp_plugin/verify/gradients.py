@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.errors import NO_FULLGRAPH
+
 
 class GradientWatch:
     """Listens to one forward and backward: which modules ran, and which trainable parameters got a gradient.
@@ -76,7 +78,7 @@ class GradientWatch:
         return hook
 
     def _runs(self, name: str) -> Any:
-        @torch.compiler.disable
+        @torch.compiler.disable(reason=NO_FULLGRAPH)
         def hook(_module: nn.Module, _args: Any) -> None:
             if not self.paused and torch.is_grad_enabled():
                 self._ran.add(name)

@@ -203,7 +203,7 @@ def by_transformers() -> None:
 
 
 def switches() -> None:
-    """Without its adapters a model is the base, and another adapter trains as in one process."""
+    """Without its adapters a model is the base; it generates, and another adapter trains, as in one process."""
     truth = adapt(make("Llama", heads=(6, 3)), "several")
     for ours in (
         shard(adapt(make("Llama", heads=(6, 3)), "several")),
@@ -212,6 +212,10 @@ def switches() -> None:
         base = make("Llama", heads=(6, 3))
         with ours.disable_adapter():
             close(logits_of(ours), logits_of(base))
+        asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        words = [model.generate(input_ids=DATA["input_ids"], **asked) for model in (ours, truth, base)]
+        assert torch.equal(words[0], words[1])
+        assert not torch.equal(words[1], words[2]), "the adapter says nothing"
         for adapter in ("second", "default"):
             for model in (ours, truth):
                 model.set_adapter(adapter)

@@ -27,6 +27,7 @@ from tp_plugin.integrations.transformers import (
     rates,
     reading,
     record,
+    refuse,
     tokens,
 )
 from tp_plugin.plans.from_transformers import STYLE_OF
@@ -73,6 +74,8 @@ def test_every_name_is_where_we_expect_it(part):
         (first_step, Trainer, "compute_loss"),
         (first_step, Trainer, "_prepare_inputs"),
         (first_step, Trainer, "compute_loss_context_manager"),
+        (refuse, trainer, "apply_liger_kernel"),
+        (refuse, trainer, "find_executable_batch_size"),
         (record, deepspeed, "tp_model_init"),
         (record, trainer_side, "deepspeed_init"),
     ],

@@ -35,10 +35,10 @@ class Hub:
         created = SimpleNamespace(repo_id="me/model")
         card = SimpleNamespace(save=lambda path: Path(path).write_text("card"), data=SimpleNamespace(tags=[]))
         self.patches = [
-            mock.patch.object(HfApi, "create_repo", lambda _api, *_args, **_options: created),
+            mock.patch.object(HfApi, "create_repo", return_value=created),
             mock.patch.object(HfApi, "upload_folder", upload),
-            mock.patch.object(transformers.utils.hub, "create_and_tag_model_card", lambda *_args, **_options: card),
-            mock.patch.object(Trainer, "create_model_card", lambda *_args, **_options: None),
+            mock.patch.object(transformers.utils.hub, "create_and_tag_model_card", return_value=card),
+            mock.patch.object(Trainer, "create_model_card", return_value=None),
         ]
         for patch in self.patches:
             patch.start()

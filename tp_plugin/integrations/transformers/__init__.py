@@ -14,11 +14,12 @@ from tp_plugin.integrations.transformers import (
     rates,
     reading,
     record,
+    refuse,
     tokens,
 )
 
 _PATCHES = Patches()
-_PARTS = (loading, first_step, export, generate, parameters, push, rates, reading, record, tokens)
+_PARTS = (loading, first_step, export, generate, parameters, push, rates, reading, record, refuse, tokens)
 
 
 def install() -> None:
