@@ -23,6 +23,7 @@ def test_every_name_is_where_we_expect_it():
     [
         (head, UTILS, "_ChunkedLogProbFunction"),
         (head, UTILS, "_supports_trl_loss_kernel"),
+        (head, UTILS, "maybe_gather_lm_head_ctx"),
         (trainers, BASE, "_BaseTrainer"),
     ],
 )

@@ -41,10 +41,19 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
             if guard.config.check_batch_every:
                 guard.inputs.compare(guard.model, (), batch)
             with _unchanged(self), self.compute_loss_context_manager():
-                guard.examine(self.compute_loss, batch, unwrapped(model))
+                guard.examine(functools.partial(_loss_of, self), batch, unwrapped(model))
         return original(self, model, inputs, *args, **kwargs)
 
     return training_step
+
+
+def _loss_of(trainer: Trainer, model: Any, batch: dict[str, Any]) -> Any:
+    """The loss of ``model``, which stands in for the trainer's own: DPO's reference may be that without its adapter."""
+    own, trainer.model = trainer.model, model
+    try:
+        return trainer.compute_loss(model, batch)
+    finally:
+        trainer.model = own
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ weight is ours where that weight is a shard.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -34,11 +35,13 @@ def check_contracts(utils: ModuleType) -> None:
             f"{kernels.__name__}.OPTIONAL_OUTPUTS is {tuple(outputs)} where {tuple(_OURS)} was expected; install a "
             "version of trl that tp-plugin was tested with."
         )
+    contract(utils, "maybe_gather_lm_head_ctx", ["params"], "a gathered head is no parameter of ZeRO-3")
     contract(utils, "_supports_trl_loss_kernel", ["logits", "index", "row_mask"], "lazy logits have no memory to read")
 
 
 def install(patches: Patches, utils: ModuleType) -> None:
     patches.replace(utils, "_ChunkedLogProbFunction", _by_shards)
+    patches.replace(utils, "maybe_gather_lm_head_ctx", _of_zero)
     patches.replace(utils, "_supports_trl_loss_kernel", _with_values)
 
 
@@ -81,6 +84,16 @@ def _by_shards(original: Any) -> Any:
             return found.logprobs, found.entropy, found.log_square_sum, found.mean_logit, is_top1
 
     return ChunkedLogProb
+
+
+def _of_zero(original: Callable[..., Any]) -> Callable[..., Any]:
+    """At ZeRO-3 TRL asks every weight for its state, which that of the guard's plain twin does not have."""
+
+    @functools.wraps(original)
+    def maybe_gather_lm_head_ctx(*params: torch.Tensor | None) -> Any:
+        return original(*(param for param in params if hasattr(param, "ds_status")))
+
+    return maybe_gather_lm_head_ctx
 
 
 def _with_values(original: Callable[..., bool]) -> Callable[..., bool]:
