@@ -110,7 +110,7 @@ def test_script_example(place):
 
 
 def test_trl_example(place):
-    script = BLOCKS["trl"].replace("bf16=True", "learning_rate=1e-2").replace('"bfloat16"', '"float32"')
+    script = BLOCKS["trl"].replace("bf16=True", "bf16=False, learning_rate=1e-2").replace('"bfloat16"', '"float32"')
     (place / "sft.py").write_text(script)
     run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "sft.py", "tiny")
     start = transformers.AutoModelForCausalLM.from_pretrained(place / "tiny")
