@@ -25,7 +25,7 @@ CASES = Matrix(
             {"family": "Gemma3", "stage": 1, "tied": True, "way": "late", "adapter": "vocabulary"},
             {"family": "Llama", "stage": 2, "tied": False, "adapter": "modules to save"},
             {"family": "Qwen3", "stage": 1, "way": "late", "adapter": "norms to save"},
-            {"family": "Llama", "stage": 2, "heads": (4, 1), "way": "late", "tied": False,
+            {"family": "Llama", "stage": 2, "heads": (4, 1), "tied": False, "way": "late",
              "adapter": "modules to save"},
             {"family": "Mixtral", "stage": 1, "way": "late", "adapter": "experts"},
             {"family": "Qwen2Moe", "stage": 2, "adapter": "every linear"},
