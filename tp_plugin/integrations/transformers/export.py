@@ -187,7 +187,7 @@ def _written(engine: Any, model: Any, staging: Path, files: Files) -> str | None
                 try:
                     header = {output.name: (output.dtype, output.shape) for output in outputs}
                     file = SafetensorsFile(staging / filename, header, metadata)
-                except (OSError, ValueError) as failure:
+                except Exception as failure:
                     error = _sentence(staging.parent, failure)
 
             def sink(output: Output, elements: torch.Tensor, start: int, file: SafetensorsFile | None = file) -> None:
