@@ -119,7 +119,11 @@ def section_no_object():
 
 
 def block_without_degree():
-    initialise(tensor_parallel={"autotp_size": 1})
+    initialise(tensor_parallel={})
+
+
+def empty_block_without_degree():
+    initialise(tensor_parallel={}, tp_plugin={})
 
 
 def config_from_a_file():
@@ -232,6 +236,7 @@ TWO = {
     "size_no_number": r"autotp_size must be a whole number of ranks, got 'two'",
     "section_no_object": r'must be like {"autotp_size": 2}, got 2',
     "block_without_degree": r'no tensor_parallel\.autotp_size above 1.*add "tensor_parallel": {"autotp_size": N}',
+    "empty_block_without_degree": r"no tensor_parallel\.autotp_size above 1.*\(1: for checkpoints that any shape",
     "config_from_a_file": r"unknown key 'quite'.*did you mean 'quiet'\?",
     "train_batch_size": r"train_batch_size.*remove it and set train_micro_batch_size_per_gpu",
     "train_batch_size_that_contradicts": r"train_batch_size.*remove it and set train_micro_batch_size_per_gpu",

@@ -304,6 +304,10 @@ def zenflow():
     initialise(zero_optimization={"stage": 2, "zenflow": {"topk_ratio": 0.1}})
 
 
+def twin_flow():
+    initialise(zero_optimization=zero(offload_optimizer=CPU | {"ratio": 0.5}))
+
+
 def superoffload():
     initialise(zero_optimization=zero(offload_optimizer=CPU | {"super_offload": True}))
 
@@ -410,6 +414,7 @@ REFUSED = {
     "pipeline": r"pipeline parallelism.*pass the plain model",
     "deepcompile": r"DeepCompile.*remove compile\.deepcompile",
     "zenflow": r"ZenFlow.*remove zero_optimization\.zenflow",
+    "twin_flow": r"Twin-Flow's second optimizer.*remove zero_optimization\.offload_optimizer\.ratio",
     "superoffload": r"SuperOffload.*remove zero_optimization\.offload_optimizer\.super_offload",
     "hybrid_engine": r"hybrid engine.*remove hybrid_engine\.enabled",
     "data_efficiency": r"data efficiency.*remove data_efficiency\.enabled",

@@ -18,7 +18,7 @@ ROWS, MICRO = 8, 4
 BEFORE, AFTER = (0, 1), (2, 3, 4, 5, 6)
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 6}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 2}}  # changes at step 2
 OFFLOAD = {"zero": {"offload_optimizer": {"device": "cpu"}}}
 
 
@@ -31,11 +31,13 @@ def engine_of(
     tp: int, stage: int, *, family: str = "Qwen2", heads=(8, 2), tied=True, seed=0, extra: dict | None = None, **options
 ) -> Any:
     """An engine of this world with AdamW in two groups and a scheduler; ``seed`` chooses the weights it starts with."""
-    lora = options.pop("lora", False)
+    lora, fused = options.pop("lora", False), options.pop("fused", None)
     model = model_of(family, seed, heads=heads, tied=tied, **options)
     if lora:
         model = adapted(model, seed)
     optimizer = optimizer_for(model, "adamw")
+    for group in optimizer.param_groups:
+        group["fused"] = fused
     # a family without "norm" in a name has one group, and DeepSpeed drops an empty one behind the scheduler's back
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     dp = (dist.get_world_size() if dist.is_initialized() else 1) // tp

@@ -54,10 +54,20 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path):
 
 
 def test_what_a_killed_job_left_goes(tmp_path):
-    (tmp_path / ".tp_plugin-writing-other-0123").mkdir()
+    for left in ("01234567", "01234567-replaced"):
+        (tmp_path / f".tp_plugin-writing-target-{left}").mkdir()
     with written_whole(tmp_path / "target"):
         pass
     assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("other", ["other", "target-2", "tar"])
+def test_a_save_under_another_name_goes_on_beside_it(tmp_path, other):
+    with written_whole(tmp_path / other) as temporary:
+        (temporary / "file").write_text("x")
+        with written_whole(tmp_path / "target"):
+            pass
+    assert (tmp_path / other / "file").read_text() == "x"
 
 
 def test_a_file_in_the_way_is_not_removed(tmp_path):

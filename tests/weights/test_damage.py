@@ -10,15 +10,17 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 import tp_plugin
 from tests.support import resume
 from tests.support.cases import launched, sentence, values
-from tests.support.models import make
+from tests.support.models import batch, make
 from tests.support.train import engine_for
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.weights.manifest import FILE
@@ -27,9 +29,9 @@ CASES = (
     "truncated", "missing", "flipped", "manifest_flipped", "manifest_truncated", "manifest_missing", "not_there",
     "newer_format", "deepspeeds_own", "other_architecture", "other_vocabulary", "other_optimizer", "other_groups",
     "without_optimizer", "unwritable_client_state", "different_tags", "disk_full", "no_directory", "local_storage",
-    "frozen_left_out",
+    "frozen_left_out", "block_quantised", "latest_unreadable",
 )  # fmt: skip
-GOOD = ("falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models")
+GOOD = ("between_steps", "falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models")
 
 
 def engine(stage: int = 1, **options):
@@ -189,6 +191,7 @@ def unwritable_client_state():
     try:
         one.save_checkpoint(folder, tag="kept", client_state={"where": {"sampler": object()}})
     finally:
+        dist.barrier()
         assert sorted(Path(folder, "kept").iterdir()) == kept
         assert sorted(os.listdir(folder)) == ["kept", "latest"]
 
@@ -243,6 +246,64 @@ def frozen_left_out():
         raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
 
 
+class AdamW8bit(torch.optim.AdamW):
+    """State as bitsandbytes keeps it: a byte an element, a scale for every 256, one table."""
+
+    def step(self, closure=None):
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self.state[param] = {
+                "step": 1,
+                "state1": torch.zeros_like(param, dtype=torch.uint8),
+                "absmax1": torch.zeros(-(-param.numel() // 256)),
+                "qmap1": torch.zeros(256),
+            }
+
+
+def block_quantised():
+    folder = everywhere()
+    one = with_optimizer(lambda model: AdamW8bit(model.parameters(), 0.1))
+    resume.train(one, 2, (0,), "Llama")
+    try:
+        one.save_checkpoint(folder)
+    finally:
+        dist.barrier()
+        assert os.listdir(folder) == []
+
+
+def latest_unreadable():
+    """A file that is there and gives an error when it is read."""
+    folder = everywhere()
+    one = engine()
+    one.save_checkpoint(folder)
+    first(lambda: (Path(folder, "latest").unlink(), Path(folder, "latest").symlink_to("/proc/self/mem")))
+    try:
+        one.load_checkpoint(folder)
+    except TensorParallelError as refused:
+        raise TensorParallelError(str(refused).replace(folder, "FOLDER")) from None
+
+
+def unsharded(optimizer, **zero):
+    config = base() | {"zero_optimization": {"stage": 3, **zero}, "tensor_parallel": {"autotp_size": 1}}
+    model = make("Llama", tied=False)
+    return engine_for(model, optimizer(model.parameters()), config)
+
+
+def twin_flow():
+    """An engine without tensor parallelism, part of whose parameters another optimizer steps."""
+    with mock.patch("deepspeed.ops.adam.cpu_adam.CPUAdamBuilder"):  # never stepped here, so never compiled
+        return unsharded(DeepSpeedCPUAdam, offload_optimizer={"device": "cpu", "ratio": 0.5}, sub_group_size=1000)
+
+
+def twin_flow_saved():
+    twin_flow().save_checkpoint(everywhere())
+
+
+def twin_flow_loaded():
+    folder = everywhere()
+    unsharded(torch.optim.AdamW).save_checkpoint(folder)
+    twin_flow().load_checkpoint(folder)
+
+
 # ---- what works ----------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +320,22 @@ def falls_back():
     return Path(path).name, other.global_steps
 
 
+def between_steps():
+    """Saved when one of two micro-batches is accumulated, resumed before it; the next step as if nothing had been."""
+    folder = everywhere()
+    one, other = engine(), engine(seed=1)
+    resume.train(one, 2, (0,), "Llama")
+    one.save_checkpoint(folder)
+    true = resume.train(one, 2, (1,), "Llama")
+    one.load_checkpoint(folder)
+    one.backward(one(**batch(2, resume.MICRO)).loss)
+    one.step()
+    saved = one.micro_steps
+    one.save_checkpoint(folder)
+    other.load_checkpoint(folder)
+    return saved, other.micro_steps, resume.train(other, 2, (1,), "Llama") == true, other.global_steps
+
+
 def nothing_there():
     return engine().load_checkpoint(everywhere())
 
@@ -269,7 +346,7 @@ def replaces():
     one = engine()
     one.save_checkpoint(folder, tag="same")
     resume.train(one, 2, (0,), "Llama")
-    first(lambda: Path(folder, ".tp_plugin-writing-killed-0123").mkdir())
+    first(lambda: Path(folder, ".tp_plugin-writing-same-01234567").mkdir())
     one.save_checkpoint(folder, tag="same")
     other = engine()
     other.load_checkpoint(folder)
@@ -330,6 +407,9 @@ SAID = {
     "disk_full": "writing rank_00001.safetensors of the checkpoint 'FOLDER/kept' failed: File too large",
     "no_directory": "writing '/proc/no/such/place/global_step0' failed: ",
     "local_storage": "checkpoint.use_node_local_storage keeps each host's part to itself",
+    "block_quantised": "the optimizer AdamW8bit keeps 'absmax1' in blocks that other shapes would cut elsewhere",
+    "latest_unreadable": "looking for a checkpoint in 'FOLDER' failed: Input/output error; the newest whole checkpoint "
+    "is 'FOLDER/global_step0'.",
     "frozen_left_out": "it was saved without frozen parameters: load with load_module_strict=False",
 }
 OFFERED = ("truncated", "missing", "flipped", "manifest_flipped", "manifest_missing", "deepspeeds_own")
@@ -345,6 +425,16 @@ def test_is_refused_in_one_sentence_on_every_rank(name):
     assert SAID[name] in said
     if name in OFFERED:
         assert said.endswith("; the newest whole checkpoint is 'FOLDER/global_step1'.")
+
+
+@pytest.mark.parametrize("name", ["twin_flow_saved", "twin_flow_loaded"])
+def test_an_optimizer_beside_the_optimizer_is_refused(name):
+    said = sentence(launched(1, __name__, ("twin_flow_saved", "twin_flow_loaded")), name)
+    assert "cannot hold the second optimizer that zero_optimization.offload_optimizer.ratio (Twin-Flow) steps" in said
+
+
+def test_a_step_begun_is_begun_anew():
+    assert values(outcomes(), "between_steps") == [(3, 2, True, 2)] * 2
 
 
 def test_the_newest_whole_one_is_taken_on_request():

@@ -12,10 +12,14 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
 from tests.support import resume
 from tests.support.ranks import on_ranks
 from tests.support.resume import BF16, BF16_OPTIMIZER, FP16, OFFLOAD
+from tp_plugin.integrations.deepspeed.restore import set_loss_scale, steps_of
+from tp_plugin.weights.manifest import Manifest
 
 ROOT = tempfile.TemporaryDirectory()
 HUB = (4, 2, 1)  # world, tp, ZeRO stage
@@ -31,6 +35,7 @@ SAME = {
     "fp16 ZeRO-1": (1, {"extra": FP16}),
     "fp16 ZeRO-3": (3, {"extra": FP16}),
     **{f"offload ZeRO-{stage}": (stage, {"extra": OFFLOAD}) for stage in (1, 2, 3)},
+    "fused ZeRO-1": (1, {"fused": True}),
     "parameters offloaded": (3, {"extra": {"zero": OFFLOAD["zero"] | {"offload_param": {"device": "cpu"}}}}),
     "round robin": (2, {"extra": {"zero": {"round_robin_gradients": True}}}),
 }
@@ -104,6 +109,8 @@ def goes_on_to_the_bit(world: int, tp: int, names: tuple[str, ...], name: str) -
     saved, resumed = (answers[names.index(name)] for answers in same_shape(world, tp, names))
     assert resumed["after"] == saved["after"]
     same_state(resumed)
+    scalers = [Manifest.load(Path(path)).scaler for path in (resumed["path"], f"{resumed['own']}/again")]
+    assert scalers[0] == scalers[1]
     end = Path(folder("same", world, tp, len(names), name), "end")
     assert resume.worst_difference(end, f"{resumed['own']}/end") == (0.0, "")
 
@@ -128,6 +135,37 @@ def test_so_does_it_with_data_parallel_ranks(name):
 @pytest.mark.parametrize(("world", "tp"), [(4, 2), (2, 1), (4, 4)])
 def test_so_does_every_shape(world, tp, name):
     goes_on_to_the_bit(world, tp, tuple(SAME), name)
+
+
+def dynamic(scale: float = 64) -> DynamicLossScaler:
+    return DynamicLossScaler(scale, 2, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
+
+
+def test_a_loss_scale_that_changed_comes_back():
+    changed, fresh, static = dynamic(), dynamic(), LossScaler(8)
+    for _ in range(3):
+        changed.update_scale(False)
+    assert (changed.cur_scale, type(changed.cur_scale), type(fresh.cur_scale)) == (128, float, int)
+    for scaler in (fresh, static):
+        set_loss_scale(
+            scaler, {key: value for key, value in vars(changed).items() if type(value) in (bool, int, float)}
+        )
+    assert vars(fresh) == vars(changed)
+    assert vars(static) == vars(LossScaler(8))
+    set_loss_scale(fresh, vars(fresh) | {"raise_error_at_min_scale": 0, "cur_iter": True})
+    assert vars(fresh) == vars(changed)
+    set_loss_scale(changed, vars(dynamic()))
+    assert changed.cur_scale == 64
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+@pytest.mark.parametrize("steps", [3, torch.tensor(3.0)])
+def test_steps_lie_where_torch_counts_them(option, steps):
+    device = torch.device("meta")
+    for options, where in (({}, "cpu"), ({option: True}, "meta")):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, device=device))], **options)
+        counted = steps_of(optimizer, optimizer.param_groups[0], device, steps)
+        assert (counted.device.type, counted.dtype) == (where, torch.float32)
 
 
 # ---- other shapes ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
     """A temporary directory to write into, which becomes ``directory`` when all ranks are through. A collective call.
 
     What the body raises on any rank is raised on all of them, as one sentence, after the temporary directory was
-    removed; ``directory`` is as it was. A directory of that name is replaced whole. Temporary directories beside it
-    that a killed job left are removed. Bodies may hold collectives only where no rank can fail before them alone.
+    removed; ``directory`` is as it was. A directory of that name is replaced whole. Temporary directories that a
+    killed job left of it are removed. Bodies may hold collectives only where no rank can fail before them alone.
 
     Args:
         directory: the target; the folder it lies in is made if it is missing. The same on every rank, on one file
@@ -47,8 +48,10 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
     with _agreed(f"writing {str(target)!r} failed", group):
         if first:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for left in target.parent.glob(f"{_MARK}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            left = re.compile(re.escape(f"{_MARK}{target.name}-") + r"[0-9a-f]{8}(-replaced)?")
+            for path in target.parent.glob(f"{_MARK}*"):
+                if left.fullmatch(path.name):  # another job may be writing others
+                    shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir()
     try:
         with _agreed(f"writing {str(target)!r} failed, and what was there before is untouched", group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch.distributed as dist
@@ -78,7 +79,10 @@ def candidates(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint of :func:`candidates` that is whole; the same on all ranks. A collective call."""
-    paths = [candidates(folder)]
+    paths: list[list[Path]] = [[]]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with contextlib.suppress(OSError):  # a folder that cannot be read offers none
+            paths = [candidates(folder)]
     if dist.is_initialized():
         dist.broadcast_object_list(paths)
     return next((path for path in paths[0] if examine_together(path) is None), None)

@@ -175,7 +175,11 @@ def _chosen(folder: Path, tag: str | None, *, needed: bool) -> Path | None:
     """
     answer: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        answer = _look(folder, tag, needed)
+        try:
+            answer = _look(folder, tag, needed)
+        except OSError as failure:  # the other ranks are waiting
+            reason = failure.strerror or failure
+            answer = [None, f"looking for a checkpoint in {str(folder)!r} failed: {reason}."]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     path, problem = answer

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -53,6 +54,17 @@ class Flat:
         """The other state."""
         return {k: v for k, v in self.state.items() if k not in self.elementwise() and v is not None}
 
+    def in_blocks(self) -> list[str]:
+        """State that is neither: tensors whose numbers belong to blocks of elements, or to more than one parameter."""
+        found = []
+        for key, value in self.scalars().items():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if any(isinstance(one, torch.Tensor) and one.numel() > 1 for one in values):
+                found.append(key)
+        return found
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
@@ -76,12 +88,17 @@ def flats(engine: Any, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
         names: id of a parameter -> its name.
 
     Raises:
-        TensorParallelError: an optimizer of DeepSpeed's that has no such tensors.
+        TensorParallelError: an optimizer of DeepSpeed's that has no such tensors, or not only such.
     """
     optimizer = engine.optimizer
     if optimizer is None or isinstance(optimizer, DeepSpeedZeRoOffload):
         return [], []
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if engine.zero_partial_offload() != 1:
+            raise TensorParallelError(
+                "a checkpoint for any shape cannot hold the second optimizer that zero_optimization.offload_optimizer."
+                "ratio (Twin-Flow) steps part of the parameters with; remove ratio."
+            )
         return _stage3(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         return _partitioned(optimizer, names)
@@ -193,6 +210,7 @@ def masters_changed(engine: Any) -> None:
 def check_contracts() -> None:
     """See :func:`tp_plugin.integrations.deepspeed.slot.check_contracts`."""
     why = "checkpoints read and set the optimizer's flat tensors through it"
+    contract(DeepSpeedEngine, "zero_partial_offload", [], "checkpoints refuse a second optimizer by it")
     for owner in (DeepSpeedZeroOptimizer, BF16_Optimizer):
         contract(owner, "update_lp_params", [], why)
     contract(DeepSpeedZeroOptimizer_Stage3, "get_param_id", ["param"], why)

@@ -65,7 +65,7 @@ def refuse_before_engine(arguments: Mapping[str, Any], options_of: Callable[[dic
         )
     if options.tp_size > 1:
         _refuse_config(config, options.tp_size, arguments)
-    elif config.get("tp_plugin") and _section(config, "tensor_parallel").get("autotp_size") != 1:
+    elif "tp_plugin" in config and _section(config, "tensor_parallel").get("autotp_size") != 1:
         raise TensorParallelError(
             "the DeepSpeed config has a tp_plugin block and no tensor_parallel.autotp_size above 1, so nothing would "
             'be sharded; add "tensor_parallel": {"autotp_size": N} (1: for checkpoints that any shape resumes), or '
@@ -140,6 +140,8 @@ def _features(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterat
         yield "ZenFlow", "zero_optimization.zenflow"
     if _section(zero, "offload_optimizer").get("super_offload"):
         yield "SuperOffload", "zero_optimization.offload_optimizer.super_offload"
+    if _section(zero, "offload_optimizer").get("ratio", 1) != 1:
+        yield "Twin-Flow's second optimizer", "zero_optimization.offload_optimizer.ratio"
     for feature, block, key in (
         ("DeepSpeed's expert parallelism", "expert_parallel", "enabled"),
         ("DeepCompile", "compile", "deepcompile"),

@@ -185,15 +185,10 @@ class _Loading:
                         stop = piece.start + piece.numel
                         piece.of(state[kind]).copy_(self.flat(kind, piece.name, piece.start, stop))
             scalars = self.decoded(self.scalars[known[0]])
-            state |= scalars
+            device = flat.tensor.device
+            state |= {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in scalars.items()}
             if held.STEP in scalars:
-                state[held.STEP] = self._steps(scalars[held.STEP])
-
-    def _steps(self, steps: Any) -> Any:
-        """Steps as this optimizer counts them: torch's in a tensor, DeepSpeed's in a number."""
-        if type(self.base).__module__.startswith("deepspeed"):
-            return int(steps)
-        return steps if isinstance(steps, torch.Tensor) else torch.tensor(float(steps))
+                state[held.STEP] = steps_of(self.base, self.base.param_groups[flat.group], device, scalars[held.STEP])
 
     def masters(self) -> None:
         """The model's weights follow the master weights; a collective call."""
@@ -229,13 +224,11 @@ class _Loading:
         accumulation = self.engine.gradient_accumulation_steps()
         if saved["gradient_accumulation_steps"] != accumulation:
             saved["micro_steps"] = saved["global_steps"] * accumulation
+        saved["micro_steps"] -= saved["micro_steps"] % accumulation  # gradients accumulated until then are not saved
         for name in COUNTERS:
             setattr(self.engine, name, saved[name])
         scaler = self.decoded(self.manifest.scaler)
-        ours = getattr(self.engine.optimizer, "loss_scaler", None)
-        for name, value in scaler.get("loss_scaler", {}).items():
-            if ours is not None and type(getattr(ours, name, None)) is type(value):
-                setattr(ours, name, value)
+        set_loss_scale(getattr(self.engine.optimizer, "loss_scaler", None), scaler.get("loss_scaler", {}))
         autocast = getattr(self.engine.optimizer, "torch_autocast_gradscaler", None)
         if autocast is not None and "autocast" in scaler:
             autocast.load_state_dict(scaler["autocast"])
@@ -250,3 +243,28 @@ class _Loading:
             f"{str(self.directory)!r}",
             flush=True,
         )
+
+
+def steps_of(optimizer: Any, group: Mapping[str, Any], device: torch.device, steps: Any) -> Any:
+    """Steps as ``optimizer`` counts them: DeepSpeed's in a number, torch's in a tensor.
+
+    That tensor lies on the CPU unless the group is ``fused`` or ``capturable``, whose kernels want it beside the
+    parameter, on ``device`` (see ``torch.optim.Optimizer.load_state_dict``).
+    """
+    if type(optimizer).__module__.startswith("deepspeed"):
+        return int(steps)
+    steps = torch.as_tensor(steps, dtype=torch.float32)
+    return steps.to(device) if group.get("fused") or group.get("capturable") else steps
+
+
+def set_loss_scale(scaler: Any, saved: Mapping[str, Any]) -> None:
+    """Put the attributes of a dynamic loss scaler into another; a static one keeps what its config says.
+
+    A scale begins as the config's int and is a float once it has changed.
+    """
+    if not (getattr(scaler, "dynamic", False) and saved.get("dynamic")):
+        return
+    for name, value in saved.items():
+        kinds = {type(getattr(scaler, name, None)), type(value)}
+        if len(kinds) == 1 or kinds == {int, float}:
+            setattr(scaler, name, value)

@@ -173,6 +173,13 @@ def _optimizer(engine: Any, flats: list[held.Flat], tensors: dict[str, torch.Ten
     base = held.base_optimizer(engine)
     if base is None:
         return None
+    blocks = sorted({key for flat in flats for key in flat.in_blocks()})
+    if blocks:
+        raise TensorParallelError(
+            f"the optimizer {type(base).__name__} keeps {blocks[0]!r} in blocks that other shapes would cut elsewhere, "
+            "so its state cannot go into a checkpoint; use an optimizer whose state has a number for every element "
+            "(AdamW, Adam, SGD, Lion, Adagrad)."
+        )
     described = []
     for index, (group, names) in enumerate(held.group_names(engine, flats)):
         options = {key: value for key, value in group.items() if key not in KEPT_OF_GROUPS}
