@@ -7,6 +7,7 @@ weights, what they are made of is taken down. Then all ranks stream them.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -49,6 +50,8 @@ def check_contracts() -> None:
     contract(modeling_utils, "safe_save_file", ["tensors", "filename", "metadata"], why)
     contract(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], why)
     contract(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], why)
+    contract(PreTrainedModel, "get_parameter_or_buffer", ["target"], "it looks for tied weights")
+    contract(PreTrainedModel, "_hf_peft_config_loaded", None, "add_adapter says by it that only adapters are saved")
     contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
     contract(hub, "create_and_tag_model_card", ["repo_id"], "push_to_hub makes its model card")
 
@@ -158,11 +161,16 @@ def described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
     options = {"max_shard_size": "5GB"} | dict(options)
     original = modeling_utils.safe_save_file
     modeling_utils.safe_save_file = take_down  # type: ignore[assignment]
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    if adapted:  # ties are looked for among the model's parameters, of which none has a name that adapters are saved by
+        model.get_parameter_or_buffer = collections.defaultdict[str, object](object).__getitem__
     try:
         with _Tracing():
             model.save_pretrained(staging, state_dict=dict(hollow), is_main_process=True, **options)
     finally:
         modeling_utils.safe_save_file = original
+        if adapted:
+            del model.get_parameter_or_buffer
     for index in staging.glob("*.index*.json"):
         text = json.loads(index.read_text())  # transformers counted the parameters of this rank
         distinct = {id(tensor): full_shape(tensor) for tensor in model.parameters()}
