@@ -1,17 +1,19 @@
-"""Loading a checkpoint on tp ranks: our from_pretrained against DeepSpeed AutoTP's way, whole on every rank.
+"""Loading a checkpoint on tp ranks and saving it again, against DeepSpeed AutoTP: whole on every rank, on one rank.
 
     python -m benchmarks.load_save [--gigabytes 2 --tp 4 --rounds 3] [--out result.json]
 
 A Llama-like checkpoint in bfloat16 and several safetensors files is made on the fly. Each run is a launch of fresh
 processes (gloo, CPU), ours and stock in turn, so that a noisy machine disturbs both alike; the files are in the page
-cache for both. Both end with an engine on the shards: ``from_pretrained`` and ``deepspeed.initialize`` without an
-optimizer.
+cache for both. Both make an engine on the shards (``from_pretrained`` and ``deepspeed.initialize`` without an
+optimizer) and save it in files of a sixteenth: ours by ``tp_plugin.save_pretrained``, stock by what
+``Accelerator.get_state_dict`` asks of the engine, and ``save_pretrained`` on rank 0.
 
 What is counted, for each rank, from the moment its libraries are imported and its groups are made:
 
 - ``peak``: how far the largest resident set (VmHWM, reset at the start) rose; ``..._of_loading``: before the engine. It
   holds anonymous memory and the pages of files that are mapped. Of these the kernel has one copy for all ranks, so
 - ``peak_anonymous`` is given too: the same for RssAnon, sampled every 2 ms.
+- ``saving``: the same two, from the moment before the save.
 - ``held``: bytes of the parameters in the end.
 - ``read``: bytes taken out of the files. Ours are counted in the reader, and ``by_system_calls`` (rchar of
   /proc/self/io) has those of them that were not mapped. transformers maps files and reads a tensor when it is used: for
@@ -164,8 +166,24 @@ def rank(args: argparse.Namespace) -> None:
     ids = torch.arange(1, 17)[None]
     with torch.no_grad():
         loss = engine(input_ids=ids, labels=ids).loss.item()
+    dist.barrier()
+    with Memory() as memory:
+        start_of_saving = time.perf_counter()
+        piece = f"{round(args.gigabytes * 62.5)}MB"
+        if ours:
+            tp_plugin.save_pretrained(engine, Path(args.folder, "saved"), max_shard_size=piece)
+        else:
+            state = engine._consolidated_16bit_state_dict()
+            if dist.get_rank() == 0:
+                engine.module.save_pretrained(Path(args.folder, "saved"), state_dict=state, max_shard_size=piece)
+            del state
+        dist.barrier()
+        saving, saved = memory.risen(), time.perf_counter() - start_of_saving
     found = {
         **risen,
+        "peak_of_saving": saving["peak"],
+        "peak_anonymous_of_saving": saving["peak_anonymous"],
+        "save_seconds": saved,
         **{f"{name}_of_loading": size for name, size in loading.items()},
         "held": sum(parameter.nbytes for parameter in engine.module.parameters()),
         "read": risen["mapped"] if read is None else read,
@@ -228,12 +246,15 @@ def report(args: argparse.Namespace, size: int, found: dict[str, list[list[dict]
             **{
                 f"{name}_over_checkpoint": round(max(one[name] for one in ranks) / size, 3)
                 for name in ("peak", "peak_anonymous", "peak_of_loading", "peak_anonymous_of_loading", "held")
+                + ("peak_of_saving", "peak_anonymous_of_saving")
             },
             "read_by_all_over_checkpoint": round(max(sum(one["read"] for one in run) for run in runs) / size, 3),
             "of_it_by_system_calls": round(
                 max(sum(one["read_by_system_calls"] for one in run) for run in runs) / size, 3
             ),
             "load_seconds": round(statistics.median(max(one["load_seconds"] for one in run) for run in runs), 2),
+            "peak_of_saving_mib": round(max(one["peak_of_saving"] for one in ranks) / 2**20),
+            "save_seconds": round(statistics.median(max(one["save_seconds"] for one in run) for run in runs), 2),
             "seconds": round(statistics.median(max(one["seconds"] for one in run) for run in runs), 2),
             "loss": ranks[0]["loss"],
         }

@@ -45,9 +45,9 @@ def main() -> None:
         peft_config=adapters,
     )
     trainer.train()
-    trainer.save_state()
     if "test" in parts:
         trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
     trainer.save_model()
 
 

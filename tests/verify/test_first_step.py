@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 
 import pytest
 import torch
@@ -16,8 +18,12 @@ from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.train import config_for, engine_for, loss_of, micro_batches, model_of, optimizer_for
 from tp_plugin.layers import RowParallelLinear
+from tp_plugin.layout import ShardLayout
+from tp_plugin.mesh import ParallelMesh
 from tp_plugin.verify import first_step
-from tp_plugin.verify.first_step import guard_of
+from tp_plugin.verify.first_step import StepGuard, guard_of
+from tp_plugin.verify.gradients import GradientWatch
+from tp_plugin.verify.twin import plain_twin
 
 SOUND = {
     "Llama ZeRO-1": ("Llama", 1, {}),
@@ -138,6 +144,23 @@ def test_a_drifted_replica_is_caught_at_the_first_step_and_later(when):
     assert "'model.norm.weight' is not the same on the ranks" in errors[0]
 
 
+def rounding_of_one_replica():
+    engine = engine_of("Llama", 1, {"tp_plugin": {"check_replicas_every": 1, "guard": False}})
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            engine.module.model.norm.weight *= 1 + 1e-6
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        steps(engine, 2)
+    return said.getvalue()
+
+
+def test_rounding_between_replicas_is_a_warning_once():
+    first, second = on_ranks(2, rounding_of_one_replica)
+    assert first.count("replicas differ between the ranks") == 1
+    assert "'model.norm.weight'" in first
+    assert not second
+
+
 def a_shared_head(stage):
     engine = engine_of("Llama", stage, heads=(4, 1))
     weight = engine.module.model.layers[1].self_attn.k_proj.weight
@@ -225,6 +248,73 @@ def test_a_dropped_adapter_is_caught(stage):
     errors = errors_on_ranks(2, a_dropped_adapter, stage)
     assert all("2 trainable parameters got no gradient" in error for error in errors), errors
     assert "layers.0.self_attn.q_proj.lora_A" in errors[0]
+
+
+class Two(torch.nn.Module):
+    """A part that is used and one whose output nobody looks at, as the last layer of LLaVA's vision tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        for param in self.parameters():
+            param.tp_layout = ShardLayout.even(param.shape, 0, 2)
+
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+def test_an_output_that_nobody_uses_needs_no_gradient():
+    model = Two()
+    watch = GradientWatch(model)
+    watch.start()
+    model(torch.ones(1, 4)).sum().backward()
+    assert watch.complete()
+    assert watch.missing() is None
+
+
+def test_the_twin_of_a_wrapped_forward_is_the_twins():
+    model = Two()
+    inner = model.forward
+    model.forward = lambda x: inner(x) + 1  # as TRL wraps it, over a method of the sharded model
+    ran = []
+    model.used.register_forward_hook(lambda *_: ran.append("sharded"))
+    for param in model.parameters():
+        del param.tp_layout
+    twin = plain_twin(model, ParallelMesh.single())
+    x = torch.ones(1, 4)
+    assert torch.equal(twin(x), model.used(x) + 1)
+    ran.clear()
+    twin(x)
+    assert ran == []
+
+
+def test_a_parameter_is_gathered_once_a_forward():
+    model, reads = Two(), []
+    for param in model.parameters():
+        del param.tp_layout
+    twin = plain_twin(model, ParallelMesh.single())
+    parameters = vars(twin.used)["_parameters"]
+    read = parameters._read
+    parameters._read = lambda param: reads.append(1) or read(param)
+    kind = type(twin.used)
+    kind.forward, forward = lambda self, x: x @ self.weight + x @ self.weight + self.bias, kind.forward
+    try:
+        twin(torch.ones(1, 4))
+    finally:
+        kind.forward = forward
+    assert len(reads) == 2, "weight and bias, once each"
+    twin.used.weight  # noqa: B018
+    assert len(reads) == 3, "outside of a forward a parameter is read anew"
+
+
+def test_a_routed_model_is_not_excused_for_a_wrong_loss():
+    guard = object.__new__(StepGuard)
+    guard.routed = True
+    exact = {"loss": torch.tensor(6.255), "logits": torch.ones(8)}
+    near = exact | {"logits": exact["logits"] * 1.1}
+    assert guard._difference(near, exact, exact, half=True) is None
+    assert "loss" in guard._difference(exact | {"loss": torch.tensor(5.576)}, exact, exact, half=True)
 
 
 def on_request():

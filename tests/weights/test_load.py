@@ -249,10 +249,15 @@ def only_the_head_of_tied():
     against_transformers(hf.LlamaForCausalLM, make("Llama", tied=True), change=lambda folder: rewrite(folder, change))
 
 
-def loaded_only(*missing):
+def loaded_only(*new):
+    """Bytes of what is held, without the parameters of these names, which the files lack."""
+
     def read(model, _):
-        unique = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-        return sum(tensor.nbytes for name, tensor in unique.values() if name not in missing)
+        tensors = model.state_dict(keep_vars=True)
+        lacked = {id(tensors[name]) for name in new}
+        return sum(
+            tensor.nbytes for key, tensor in {id(one): one for one in tensors.values()}.items() if key not in lacked
+        )
 
     return read
 

@@ -39,8 +39,8 @@ def saved(model, **options) -> Path:
     return own
 
 
-def damaged(how, rank: int | None = None) -> None:
-    """Load a checkpoint of which the copy of ``rank`` (None: of every rank) is damaged."""
+def damaged(how, rank: int | None = None, *, other: Path | None = None) -> None:
+    """Load a checkpoint of which the copy of ``rank`` (None: of every rank) is damaged, perhaps by parts of another."""
     folder = saved(make("Llama"), max_shard_size="40KB")
     assert (folder / SHARD).exists()
     if rank in (None, dist.get_rank()):
@@ -52,6 +52,8 @@ def damaged(how, rank: int | None = None) -> None:
     finally:
         os.chdir(here)
         shutil.rmtree(folder.parent)
+        if other is not None:
+            shutil.rmtree(other.parent)
 
 
 def edit(file: Path, change) -> None:
@@ -141,12 +143,12 @@ def another_architecture():
             file.unlink()
         shutil.move(other / "model.safetensors", folder / "model.safetensors")
 
-    damaged(replace)
+    damaged(replace, other=other)
 
 
 def ranks_differ():
     other = saved(make("Llama", intermediate_size=59), max_shard_size="40KB")
-    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1)
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1, other=other)
 
 
 def quantised():
@@ -158,7 +160,7 @@ def quantised():
 
 def cannot_be_sharded():
     other = saved(make("Llama", heads=(5, 1)), max_shard_size="40KB")
-    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True))
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), other=other)
 
 
 def disk_fails_on_one_rank():

@@ -199,8 +199,8 @@ def test_numbered_files_are_spread_over_ranks_and_stale_ones_removed():
         assert not set(files) & set(others), "two ranks wrote one file"
 
 
-def disk_full():
-    """An export that runs out of space on rank 1 only: the sentence, and what became of the one before it."""
+def disk_full(failure):
+    """An export that fails in writing on rank 1 only: the sentence, and what became of the one before it."""
     model = wide()
     engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 1))
     with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
@@ -212,7 +212,7 @@ def disk_full():
         steps(engine, [0])
 
         def write(*args):
-            raise OSError(28, "No space left on device")
+            raise failure
 
         if dist.get_rank() == 1:
             patch.setattr(os, "pwrite", write)
@@ -224,10 +224,13 @@ def disk_full():
     return str(caught.value), before == after
 
 
-def test_a_full_disk_leaves_the_earlier_export_as_it_was():
-    found = on_ranks(2, disk_full)
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), RuntimeError("no such failure was thought of")]
+)
+def test_a_failure_on_one_rank_leaves_the_earlier_export_as_it_was(failure):
+    found = on_ranks(2, disk_full, failure)
     assert len({sentence for sentence, _ in found}) == 1
-    assert "No space left on device [on rank 1]" in found[0][0]
+    assert f"{failure} [on rank 1]" in found[0][0]
     assert all(untouched for _, untouched in found)
 
 

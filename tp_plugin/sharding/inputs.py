@@ -50,14 +50,19 @@ class InputGuard:
         self.forwards[model.training] += 1
         if self.broadcast:
             args, kwargs = broadcast_tree((args, kwargs), self.mesh)
-        if not self.in_step and model.training:
-            self.in_step = True
-            bring_in_step(model, self.mesh)
+        if model.training:
+            self.bring_in_step(model)
         if self.every and count % self.every == 0:
             self.compare(model, args, kwargs)
         for follow in self.then:
             follow(model, args, kwargs)
         return args, kwargs
+
+    def bring_in_step(self, model: nn.Module) -> None:
+        """Give the TP group one state of the random generators, once; see :func:`bring_in_step`."""
+        if not self.in_step:
+            self.in_step = True
+            bring_in_step(model, self.mesh)
 
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise TensorParallelError unless the TP group has these inputs alike; see the class."""
@@ -110,12 +115,21 @@ def bring_in_step(model: nn.Module, mesh: ParallelMesh) -> None:
 
 def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:
     """The TP group's rank 0's tree of tensors and plain values, on every rank of the group."""
+    return _broadcast_tree(tree, mesh.tp_group, mesh.tp_rank == 0)
+
+
+def broadcast_over_replicas(tree: Any, mesh: ParallelMesh) -> Any:
+    """The first data-parallel replica's tree, on every rank that holds the same shard of another."""
+    return tree if mesh.dp_group is None else _broadcast_tree(tree, mesh.dp_group, mesh.dp_rank == 0)
+
+
+def _broadcast_tree(tree: Any, group: dist.ProcessGroup | None, first_rank: bool) -> Any:
     leaves, structure = tree_flatten(tree)
     described = [
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else ("value", leaf) for leaf in leaves
     ]
     message: list[Any] = [(structure, described)]
-    dist.broadcast_object_list(message, group_src=0, group=mesh.tp_group, device=comm_device(mesh.tp_group))
+    dist.broadcast_object_list(message, group_src=0, group=group, device=comm_device(group))
     structure, described = message[0]
     device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
     out = []
@@ -123,9 +137,9 @@ def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:
         if first == "value":
             out.append(second)
             continue
-        value = leaves[index].detach() if mesh.tp_rank == 0 else torch.empty(first, dtype=second, device=device)
-        value = value.to(comm_device(mesh.tp_group)).contiguous()
-        broadcast_(value, mesh.tp_group, purpose="batch")
+        value = leaves[index].detach() if first_rank else torch.empty(first, dtype=second, device=device)
+        value = value.to(comm_device(group)).contiguous()
+        broadcast_(value, group, purpose="batch")
         out.append(value.to(device))
     return tree_unflatten(out, structure)
 

@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from tp_plugin.collectives import all_reduce_
 from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError, agree
 from tp_plugin.lazy import materialise_outputs
 from tp_plugin.sharding import Sharding
+from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
-from tp_plugin.sharding.inputs import InputGuard
+from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
 from tp_plugin.verify.gradients import GradientWatch
 from tp_plugin.verify.replicas import require_equal_replicas
 from tp_plugin.verify.twin import plain_twin
+from tp_plugin.weights.stream import between_steps
 
 ATTRIBUTE = "tp_guard"
 ROWS, LENGTH = 2, 256  # of the batch, at most
@@ -75,7 +79,8 @@ class StepGuard:
         if training:
             every = self.config.check_replicas_every
             if self.replicas_due or (every and self.forwards % every == 0):
-                require_equal_replicas(model, self.mesh)
+                with between_steps(model):
+                    require_equal_replicas(model, self.mesh)
                 self.replicas_due = False
             self.forwards += 1
             if self.gradients is not None and self.gradients.complete():
@@ -102,20 +107,18 @@ class StepGuard:
         """
         training = self.model.training
         self.due[training] = False
-        error = None
         root = self.model if root is None else root
-        with self._apart(root):
-            try:
-                error = self._examined(run, batch, root)
-            except TensorParallelError:
-                raise
-            except Exception as failure:
-                self._say_unchecked(failure)
         # evaluation may be run by one replica alone
-        agree(error, None if training else self.mesh.tp_group)
+        group = None if training else self.mesh.tp_group
+        if training and any(hasattr(param, "ds_id") for param in root.parameters()):
+            # parameters are gathered over the replicas too, which must then read the same of them
+            batch = broadcast_over_replicas(dict(batch), self.mesh)
+        with self._apart(root):
+            error = self._examined(run, batch, root, group)
+        agree(error, group)
 
-    def _say_unchecked(self, failure: Exception) -> None:
-        if self.mesh.tp_rank == 0 and self.mesh.dp_rank == 0 and not self.config.quiet:
+    def _say_unchecked(self, failure: Exception | None) -> None:
+        if failure is not None and self.mesh.tp_rank == 0 and not self.config.quiet:
             print(
                 f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
                 f"({type(failure).__name__}: {failure}); its loss was not checked.",
@@ -123,28 +126,64 @@ class StepGuard:
                 flush=True,
             )
 
-    def _examined(self, run: Run, batch: Mapping[str, Any], root: nn.Module) -> str | None:
-        try:
-            small = _slice(batch)
-            ours = self._seen(root, run, small, sharded=True)
-        except (TensorParallelError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # not every batch can be cut
+    def _examined(
+        self, run: Run, batch: Mapping[str, Any], root: nn.Module, group: dist.ProcessGroup | None
+    ) -> str | None:
+        small = _slice(batch)
+        ours, failure = self._tried(root, run, small, sharded=True)
+        if self._any(failure is not None, group):  # not every batch can be cut
             small = dict(batch)
-            ours = self._seen(root, run, small, sharded=True)
-        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
-        plain = self._seen(plain_twin(root, self.mesh), run, small)
-        exact = self._seen(plain_twin(root, self.mesh, torch.float32), run, small) if half else plain
+            ours, failure = self._tried(root, run, small, sharded=True)
+        half, exact = self._half(), None
+        if not self._any(failure is not None, group):
+            plain, failure = self._tried(plain_twin(root, self.mesh), run, small)
+            exact = plain
+            if half and not self._any(failure is not None, group):
+                exact, failure = self._tried(plain_twin(root, self.mesh, torch.float32), run, small, exact=True)
+        if self._any(failure is not None, group):
+            self._say_unchecked(failure)
+            return None
+        assert ours is not None
+        assert plain is not None
+        assert exact is not None
         found = self._difference(ours, plain, exact, half)
-        if found is None:
+        if not self._any(found is not None, group):
             return None
         where = self._where(run, small, root)
+        if found is None:
+            return None
         return (
             f"the first step computed again without tensor parallelism differs: {found}"
             f"{f', first in {where}' if where else ''}; training would go wrong, so it is not begun; if the loss reads "
             "weights of sharded modules by itself let it use the model's outputs, else please report it (guard: false "
             "in the tp_plugin block trains regardless)."
         )
+
+    def _half(self) -> bool:
+        device = next(self.model.parameters()).device
+        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        return half or torch.is_autocast_enabled(device.type)
+
+    def _any(self, here: bool, group: dist.ProcessGroup | None) -> bool:
+        """Whether it is so on any rank that takes part; a collective call."""
+        group = dist.group.WORLD if group is None else group
+        flag = torch.tensor([here], dtype=torch.int32, device=comm_device(group))
+        all_reduce_(flag, group, op=dist.ReduceOp.MAX, purpose="guard")
+        return bool(flag)
+
+    def _tried(
+        self, model: nn.Module, run: Run, batch: Mapping[str, Any], *, sharded: bool = False, exact: bool = False
+    ) -> tuple[Seen | None, Exception | None]:
+        """What a run gives, or what it raised that is no word of ours and no lack of memory."""
+        device = next(self.model.parameters()).device
+        wide = torch.autocast(device.type, enabled=False) if exact else contextlib.nullcontext()
+        try:
+            with wide:
+                return self._seen(model, run, batch, sharded=sharded), None
+        except (TensorParallelError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:
+            return None, failure
 
     def _difference(self, ours: Seen, plain: Seen, exact: Seen, half: bool) -> str | None:
         if ours.keys() != exact.keys():
@@ -155,9 +194,10 @@ class StepGuard:
                 return f"{name} has shape {list(value.shape)} here and {list(truth.shape)} there"
             limit = LIMITS[kind]
             if half:
-                limit = max(HALF_LIMITS[kind], 3 * _relative(plain[name], truth), ROUTED if self.routed else 0)
+                limit = max(HALF_LIMITS[kind], 3 * _relative(plain[name], truth))
+                limit = max(limit, ROUTED) if self.routed and kind == "outputs" else limit
             error = _relative(value, truth)
-            if not (error <= limit or (torch.isnan(truth).any() and torch.isnan(value).any())):
+            if not (error <= limit or (torch.isnan(value).any() and torch.isnan(plain[name]).any())):
                 if value.numel() == 1:
                     return f"{name} {float(value):.6g} here, {float(truth):.6g} there (allowed {limit:.1g} of it)"
                 return f"{name} by {error:.2g} of its norm (allowed {limit:.1g})"
@@ -175,10 +215,11 @@ class StepGuard:
                 outputs[f"{name} of forward {calls}" if calls > 1 else name] = _sample(value)
 
         handle = model.register_forward_hook(note)
-        device = next(self.model.parameters()).device
         try:
             with (
-                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                same_draws(self.model),
+                # ZeRO-3 fetches ahead in a forward of the sharded model; nothing may be under way when a twin reads
+                contextlib.nullcontext() if sharded else between_steps(self.model),
                 torch.set_grad_enabled(sharded and torch.is_grad_enabled()),
             ):
                 value = run(model, _copied(batch))
@@ -237,6 +278,12 @@ class StepGuard:
             if watch is not None:
                 watch.paused = False
             self.inputs.paused = False
+
+
+def same_draws(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Random generators are afterwards what they were."""
+    device = next(model.parameters()).device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def guard_of(model: Any) -> StepGuard | None:

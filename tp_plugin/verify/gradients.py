@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from tp_plugin.errors import NO_FULLGRAPH
 
 
 class GradientWatch:
-    """Listens to one forward and backward: which modules ran, and which trainable parameters got a gradient.
+    """Listens to one forward and backward: whose output was wanted, and which trainable parameters got a gradient.
 
-    A parameter must have got one if it is sharded and its module ran, or if it belongs to an adapter (a module with a
-    ``base_layer``, as PEFT's have) of which any part ran. Others may be idle for good reasons: an expert without
-    tokens, a pooler whose output nobody uses.
+    A parameter must have got one if it is sharded, or belongs to an adapter (a module with a ``base_layer``, as PEFT's
+    have), and a gradient came back to its module's output (to the adapter's, or to that of a part of it), or that could
+    not take one. Others may be idle for good reasons: an expert without tokens, a pooler or the last layer of a vision
+    tower whose output nobody uses.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +38,7 @@ class GradientWatch:
                 self._handles.append(param.register_hook(self._reaches(name)))
         for name, module in self.model.named_modules():
             if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "base_layer"):
-                self._handles.append(module.register_forward_pre_hook(self._runs(name)))
+                self._handles.append(module.register_forward_hook(self._wanted(name)))
 
     def complete(self) -> bool:
         """Whether a backward has been heard."""
@@ -66,9 +68,9 @@ class GradientWatch:
         if not lost:
             return None
         return (
-            f"{len(lost)} trainable parameters got no gradient in the first backward though their modules ran, the "
-            f"first is {lost[0]!r}; something replaced or bypassed its module, so it would never be trained (freeze it "
-            "if that is meant, or set guard: false in the tp_plugin block)."
+            f"{len(lost)} trainable parameters got no gradient in the first backward though their modules' outputs "
+            f"did, the first is {lost[0]!r}; something replaced or bypassed its module, so it would never be trained "
+            "(freeze it if that is meant, or set guard: false in the tp_plugin block)."
         )
 
     def _reaches(self, name: str) -> Any:
@@ -77,10 +79,16 @@ class GradientWatch:
 
         return hook
 
-    def _runs(self, name: str) -> Any:
+    def _wanted(self, name: str) -> Any:
         @torch.compiler.disable(reason=NO_FULLGRAPH)
-        def hook(_module: nn.Module, _args: Any) -> None:
-            if not self.paused and torch.is_grad_enabled():
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self.paused or not torch.is_grad_enabled():
+                return
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            live = [tensor for tensor in tensors if tensor.requires_grad]
+            for tensor in live:
+                tensor.register_hook(lambda _grad: self._ran.add(name))
+            if not live:
                 self._ran.add(name)
 
         return hook

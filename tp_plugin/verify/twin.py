@@ -45,7 +45,11 @@ def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None =
             twin.__dict__[name] = OrderedDict() if "_hooks" in name else _moved(value, twins)
         own = vars(module)["_parameters"]
         # past ZeRO-3's dictionary, which fetches what is read from it
-        twin.__dict__["_parameters"] = _Gathered({name: dict.__getitem__(own, name) for name in own}, read)
+        gathered = _Gathered({name: dict.__getitem__(own, name) for name in own}, read)
+        twin.__dict__["_parameters"] = gathered
+        if own:
+            twin.register_forward_pre_hook(gathered.fill)
+            twin.register_forward_hook(gathered.empty, always_call=True)
         twin.__dict__["_modules"] = {
             name: None if child is None else twins[id(child)] for name, child in module._modules.items()
         }
@@ -77,27 +81,69 @@ def _unsharded(local: torch.Tensor, layout: ShardLayout | None, mesh: ParallelMe
     return layout.unshard(parts).to(local.device)
 
 
+_DEPTH = 4  # of functions that wrap functions
+
+
 class _Gathered(dict):
-    """A module's parameters, made whole one by one when they are read; iterating gives the shards."""
+    """A module's parameters, made whole when they are read; iterating gives the shards.
+
+    During the module's forward all of them are, once: how often a forward reads one may depend on its data (an expert
+    that got tokens), and every reading is a collective.
+    """
 
     def __init__(self, params: dict[str, Any], read: Callable[[Any], Any]) -> None:
         super().__init__(params)
         self._read = read
+        self._whole: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        return self._read(super().__getitem__(name))
+        return self._whole[name] if name in self._whole else self._read(super().__getitem__(name))
+
+    def fill(self, *_: object) -> None:
+        self._whole = {name: self._read(param) for name, param in dict.items(self)}
+
+    def empty(self, *_: object) -> None:
+        self._whole = {}
 
 
-def _moved(value: Any, twins: dict[int, nn.Module]) -> Any:
+def _moved(value: Any, twins: dict[int, nn.Module], depth: int = 0) -> Any:
     """``value`` with every module of the model replaced by its twin, in the containers modules keep them in."""
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
-        return types.MethodType(value.__func__, twins[id(value.__self__)])
+    if isinstance(value, types.MethodType):
+        function, owner = _moved(value.__func__, twins, depth), _moved(value.__self__, twins, depth)
+        return value if function is value.__func__ and owner is value.__self__ else types.MethodType(function, owner)
+    if isinstance(value, types.FunctionType):
+        return _with_cells_moved(value, twins, depth)
     if type(value) is functools.partial:
-        return functools.partial(_moved(value.func, twins), *_moved(value.args, twins), **_moved(value.keywords, twins))
+        function, args, keywords = (_moved(part, twins, depth) for part in (value.func, value.args, value.keywords))
+        return functools.partial(function, *args, **keywords)
     if type(value) in (list, tuple, set):
-        return type(value)(_moved(item, twins) for item in value)
+        return type(value)(_moved(item, twins, depth) for item in value)
     if type(value) in (dict, OrderedDict):
-        return type(value)((name, _moved(item, twins)) for name, item in value.items())
+        return type(value)((name, _moved(item, twins, depth)) for name, item in value.items())
     return value
+
+
+def _with_cells_moved(function: types.FunctionType, twins: dict[int, nn.Module], depth: int) -> types.FunctionType:
+    """A function that closes over modules or their methods (a wrapped ``forward``), closing over the twins' instead."""
+    if depth >= _DEPTH or not function.__closure__:
+        return function
+    cells, changed = [], False
+    for cell in function.__closure__:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            cells.append(cell)
+            continue
+        moved = _moved(content, twins, depth + 1)
+        changed |= moved is not content
+        cells.append(cell if moved is content else types.CellType(moved))
+    if not changed:
+        return function
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made

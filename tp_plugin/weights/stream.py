@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from tp_plugin.sharding.equal import comm_device
 
 BUCKET = 128 << 20  # bytes of full tensors gathered at a time
 _ALIGNMENT = 16
+_ENGINE = "tp_engine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +118,20 @@ def stream(
             run of rows may exceed it.
     """
     mine, made_whole = mesh.dp_rank == replica, _MadeWhole()
+    failure: Exception | None = None
     with made_whole:
         for steps in _buckets(tensors, outputs, bucket or BUCKET):
             spans = list(dict.fromkeys(span for step in steps for span in step.spans))
             made_whole.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
             found = _fetch(tensors, spans, mesh, writer) if mine else None
-            if found is not None:
-                _hand_over(tensors, steps, found, sink, compute)
+            try:
+                if found is not None and failure is None:
+                    _hand_over(tensors, steps, found, sink, compute)
+            except Exception as failed:  # raised when the other ranks no longer wait for this one
+                failure = failed
             del found
+    if failure is not None:
+        raise failure
 
 
 def _hand_over(
@@ -275,9 +283,18 @@ def _whole(shape: tuple[int, ...]) -> View:
     return View(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 0)
 
 
+def note_engine(model: nn.Module, engine: Any) -> None:
+    """Remember, on a sharded model, the engine that trains it; see :func:`between_steps`."""
+    model.__dict__[_ENGINE] = weakref.ref(engine)
+
+
 @contextlib.contextmanager
-def between_steps(engine: Any) -> Iterator[None]:
+def between_steps(model_or_engine: Any) -> Iterator[None]:
     """ZeRO-3 releases what it prefetched before parameters are gathered bucket by bucket, and resumes after."""
+    engine = model_or_engine
+    if not hasattr(engine, "optimizer") and isinstance(engine, nn.Module):
+        refs = (vars(module).get(_ENGINE) for module in engine.modules())
+        engine = next((ref() for ref in refs if ref is not None), None)
     optimizer: Any = getattr(engine, "optimizer", None)
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()

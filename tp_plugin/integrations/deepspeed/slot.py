@@ -22,8 +22,9 @@ from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.deepspeed import checkpoint, cpu, export, norm
 from tp_plugin.integrations.deepspeed.refuse import refuse_after_engine, refuse_before_engine, refuse_in_engine
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import Sharding
+from tp_plugin.sharding import Sharding, state_of
 from tp_plugin.verify.guard import shard_proven
+from tp_plugin.weights.stream import note_engine
 
 _PATCHES = Patches()
 _ANNOUNCED: weakref.WeakSet[Sharding] = weakref.WeakSet()  # a model may meet several engines, early sharded or not
@@ -95,6 +96,8 @@ def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_before_engine(signature.bind(*args, **kwargs).arguments, options_of)
         found = original(*args, **kwargs)
         refuse_after_engine(found[0])
+        if state_of(getattr(found[0], "module", None)) is not None:  # sharded before, and passed by mpu=
+            note_engine(found[0].module, found[0])
         return found
 
     return initialize
@@ -118,6 +121,7 @@ def _slot(engine: DeepSpeedEngine, model: nn.Module, tp_config: Any) -> Any:
     refuse_in_engine(engine, model, config.tp_size)
     mesh = ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
     record = shard_proven(model, config, mesh)
+    note_engine(model, engine)
     model.ds_autotp_parsed = True  # type: ignore[assignment]
     # our own guard compares batches, at intervals and without pickling them
     if engine.first_dataloader_check is not None:

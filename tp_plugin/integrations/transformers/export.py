@@ -155,6 +155,8 @@ def described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
             shape = tuple(tensor.shape)
             view = View(shape, tensor.stride(), int(tensor.storage_offset())) if source is not None else None
             made_of = (source,) if source is not None else tensor.tp_sources  # type: ignore[attr-defined]
+            if not made_of:
+                raise TensorParallelError(f"it is not known what transformers makes {name!r} of on saving.")
             outputs.append(Output(name, tensor.dtype, shape, made_of, view))
         files.append((os.path.basename(filename), outputs, metadata or {}))
 
@@ -194,27 +196,20 @@ def _written(engine: Any, model: Any, staging: Path, files: Files) -> str | None
                 try:
                     header = {output.name: (output.dtype, output.shape) for output in outputs}
                     file = SafetensorsFile(staging / filename, header, metadata)
-                except (OSError, ValueError) as failure:
+                except Exception as failure:
                     error = _sentence(staging.parent, failure)
-            failed: list[Exception] = []
 
-            def sink(output: Output, elements: torch.Tensor, start: int, file=file, failed=failed) -> None:  # type: ignore[no-untyped-def]
-                if file is None or failed:
-                    return  # the collectives go on, or the other ranks would wait
-                try:
+            def sink(output: Output, elements: torch.Tensor, start: int, file: SafetensorsFile | None = file) -> None:
+                if file is not None:
                     file.write(output.name, elements, start)
-                except (OSError, ValueError) as failure:
-                    failed.append(failure)
 
             compute = functools.partial(core_model_loading.revert_weight_conversion, model)
-            stream(tensors, outputs, mesh, replica=replica, writer=writer, sink=sink, compute=compute)
-            if file is not None:
-                try:
-                    if failed:
-                        raise failed[0]
+            try:
+                stream(tensors, outputs, mesh, replica=replica, writer=writer, sink=sink, compute=compute)
+                if file is not None:
                     file.close()
-                except (OSError, ValueError) as failure:
-                    error = _sentence(staging.parent, failure)
+            except Exception as failure:  # the other ranks hear of it when all files are through
+                error = _sentence(staging.parent, failure)
     return error
 
 

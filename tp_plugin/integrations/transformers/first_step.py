@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.sharding.inputs import broadcast_tree
-from tp_plugin.verify.first_step import guard_of
+from tp_plugin.verify.first_step import guard_of, same_draws
 from tp_plugin.weights.gather import unwrapped
 
 
@@ -35,9 +35,11 @@ def _training_step_method(original: Callable[..., Any]) -> Callable[..., Any]:
         guard = guard_of(model)
         if guard is not None and guard.due[True]:
             model.train()
-            batch = dict(self._prepare_inputs(dict(inputs)))
+            with same_draws(guard.model):
+                batch = dict(self._prepare_inputs(dict(inputs)))
             if guard.config.broadcast_batch:
                 batch = broadcast_tree(batch, guard.mesh)
+            guard.inputs.bring_in_step(guard.model)
             if guard.config.check_batch_every:
                 guard.inputs.compare(guard.model, (), batch)
             with _unchanged(self), self.compute_loss_context_manager():
