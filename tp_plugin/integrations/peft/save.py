@@ -65,27 +65,26 @@ def save_adapters(model_or_engine: nn.Module | Any, directory: str | Path, **opt
                 error = f"saving the adapters failed: {type(failure).__name__}: {failure}"
         names, error = from_first((names, error))
         agree(error)
-        state = gathered(model_or_engine, {name: everything[name] for name in names})
-        if first:
-            error = _write(model, Path(directory), state, options)
+        try:
+            state = gathered(model_or_engine, {name: everything[name] for name in names})
+            if first:
+                _write(model, Path(directory), state, options)
+        except Exception as failure:
+            error = f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
     agree(error)
 
 
 _ORIGINAL = PeftModel.save_pretrained
 
 
-def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """Let PEFT write; why it could not."""
+def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str, Any]) -> None:
     staging = directory / f".saving-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
         _ORIGINAL(model, str(staging), state_dict=state, **options)
         _publish(staging, directory)
-    except Exception as failure:
-        return f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return None
 
 
 @contextlib.contextmanager
