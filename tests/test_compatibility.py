@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import tp_plugin
+from tests.support.adapters import adapt
 from tests.support.cases import launched, sentence, values
 from tests.support.models import batch, make
 from tests.support.ranks import on_ranks
@@ -358,6 +359,13 @@ def fused_lamb():
     initialise(model, optimizer=type("FusedLamb", (torch.optim.SGD,), {})(model.parameters()))
 
 
+def lora_fa_of_peft():
+    from peft.optimizers import create_lorafa_optimizer
+
+    model = adapt(make("Llama"), "every linear")
+    initialise(model, optimizer=create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3))
+
+
 def adafactor_by_a_callable():
     initialise(stage=0, optimizer=lambda params: torch.optim.Adafactor(params))
 
@@ -426,6 +434,7 @@ REFUSED = {
     "adafactor_of_torch": r"the optimizer Adafactor.*use an elementwise one",
     "adafactor_of_transformers": r"the optimizer Adafactor.*use an elementwise one",
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
+    "lora_fa_of_peft": r"the optimizer LoraFAOptimizer.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
     "use_kernels": r"use_kernels=True.*load it without",
     "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",

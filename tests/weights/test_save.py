@@ -245,6 +245,22 @@ def one_comes_late():
     return said.getvalue()
 
 
+def test_a_file_that_is_missing_or_not_listed_yet(tmp_path, monkeypatch):
+    """Other hosts wrote weights, which this one's listing of the directory may not show."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (staging / name).write_text("new")
+        (tmp_path / name).write_text("old")
+    with pytest.raises(FileNotFoundError, match="model-00002"):
+        export.publish(staging, tmp_path, {"model.safetensors", "model-00002-of-00002.safetensors"}, None)
+    assert {path.read_text() for path in tmp_path.glob("*.*")} == {"old"}
+    true = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, *a: (path for path in true(self, *a) if path.suffix == ".json"))
+    export.publish(staging, tmp_path, {"model.safetensors"}, None)
+    assert {path.read_text() for path in tmp_path.glob("*.*")} == {"new"}
+
+
 def test_a_rank_that_waits_says_for_what():
     first, second = on_ranks(2, one_comes_late)
     assert "rank 0 waits in save_pretrained" in first

@@ -12,7 +12,7 @@ from torch import nn
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.state import state_of
-from tp_plugin.weights.stream import Output, between_steps, identities, persistent, stream
+from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, stream
 
 
 def full_state_dict(
@@ -56,6 +56,38 @@ def gathered(
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
     return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}  # one without elements is whole
+
+
+def refuse_shards(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise where ``state``, given to be saved as the state of a sharded ``model``, has shards for full tensors.
+
+    Names are the model's, or those under which PEFT saves them.
+
+    Raises:
+        TensorParallelError: on this rank, which may be the only one that saves.
+    """
+    adapters = set(getattr(model, "peft_config", None) or ()) | _WRAPPERS
+
+    def plain(name: str) -> str:
+        bare = ".".join(part for part in name.split(".") if part not in adapters)
+        return bare.removeprefix("base_model.model.")
+
+    params: dict[str, list[nn.Parameter]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        params.setdefault(plain(name), []).append(param)
+    for name, tensor in state.items():
+        shape = tuple(getattr(tensor, "shape", ()))
+        known = [param for param in params.get(plain(name), ()) if full_shape(param) != tuple(param.shape)]
+        if any(shape == tuple(param.shape) for param in known) and all(shape != full_shape(param) for param in known):
+            raise TensorParallelError(
+                f"state_dict= holds this rank's shard {list(shape)} of {name!r}, which is {list(full_shape(known[0]))} "
+                "in the whole model; call tp_plugin.save_pretrained(model, directory) on every rank, or pass what "
+                "tp_plugin.full_state_dict(model) returns."
+            )
+
+
+_WRAPPERS = {"module", "_orig_mod", "base_layer", "original_module", "modules_to_save"}
+"""Parts of names that wrappers and adapters put in."""
 
 
 def mesh_of(model: nn.Module) -> ParallelMesh:

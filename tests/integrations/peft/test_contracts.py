@@ -39,7 +39,12 @@ def test_every_name_is_where_we_expect_it(part):
         (library, layer, "ParamWrapper"),
         (library, lora, "Linear"),
         (library, ia3, "IA3Layer"),
+        (late, lora.LoraModel, "add_weighted_adapter"),
         (load, PeftAdapterMixin, "load_adapter"),
+        (load, PeftModel, "from_pretrained"),
+        (load, PeftModel, "load_adapter"),
+        (load, PeftModel, "_split_kwargs"),
+        (save, PeftModel, "get_prompt_embedding_to_save"),
         (save, Trainer, "save_model"),
     ],
 )

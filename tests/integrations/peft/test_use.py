@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 
 import tp_plugin
@@ -21,7 +23,9 @@ from tests.support.cases import launched, sentence, values
 from tests.support.models import batch, make
 from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for, relative
 from tp_plugin.collectives import counted
+from tp_plugin.integrations.peft import save
 from tp_plugin.integrations.peft.allowed import TYPES, config_obstacle
+from tp_plugin.integrations.transformers.parameters import whole_count
 from tp_plugin.sharding import state_of
 
 HERE = "tests.integrations.peft.test_use"
@@ -199,6 +203,108 @@ def by_transformers() -> None:
         close(logits_of(loaded), logits_of(truth))
 
 
+def keeps_the_base() -> None:
+    """Adapters of ``add_adapter`` are saved beside the base, which stays."""
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            make("Llama").save_pretrained(folder)
+        dist.barrier()
+        before = {path.name for path in folder.iterdir()}
+        ours = make("Llama")
+        ours.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        shard(ours).save_pretrained(folder)
+        assert {path.name for path in folder.iterdir()} - before == {"adapter_config.json", "adapter_model.safetensors"}
+        assert before <= {path.name for path in folder.iterdir()}, "the base is gone"
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        close(logits_of(loaded), logits_of(ours))
+
+
+def state_dicts() -> None:
+    """``state_dict=`` of shards is refused, under each of their names; a full one is saved as PEFT saves it."""
+    adapted = shard(adapt(make("Llama", tied=False), "modules to save"))
+    plain, rank = shard(make("Llama")), dist.get_rank()
+    with shared_folder() as folder:
+        for model, state in (
+            (adapted, dict(adapted.named_parameters())),
+            (adapted, {f"module.{name}": param for name, param in adapted.named_parameters()}),
+            (adapted, peft.get_peft_model_state_dict(adapted)),
+            (plain, dict(plain.named_parameters())),
+            (plain, plain.state_dict()),
+        ):
+            with pytest.raises(tp_plugin.TensorParallelError, match=r"this rank's shard .* tp_plugin.full_state_dict"):
+                model.save_pretrained(folder / "shards", state_dict=state)
+            assert not (folder / "shards").exists()
+        for name, model in (("adapted", adapted), ("plain", plain)):
+            tp_plugin.save_pretrained(model, folder / name)
+            state = tp_plugin.full_state_dict(model)
+            model.save_pretrained(folder / f"{name} given", is_main_process=rank == 0, state_dict=state)
+            dist.barrier()
+            model.save_pretrained(folder / f"{name} given", state_dict=state)  # where the main process is not told
+            dist.barrier()
+            file = "adapter_model.safetensors" if name == "adapted" else "model.safetensors"
+            ours, given = load_file(folder / name / file), load_file(folder / f"{name} given" / file)
+            assert ours.keys() == given.keys()
+            assert all(torch.equal(ours[key], given[key]) for key in ours)
+
+
+def counts() -> None:
+    """Numbers of parameters are the whole model's, adapted before sharding and after it, merged, and under ZeRO-3."""
+    truth = adapt(make("Llama", heads=(6, 3)), "several")
+    sizes = [sum(p.numel() for p in truth.parameters() if p.requires_grad or everything) for everything in (0, 1)]
+    early = shard(adapt(make("Llama", heads=(6, 3)), "several"))
+    late = adapt(shard(make("Llama", heads=(6, 3))), "several")
+    parted = trained(adapt(make("Llama", heads=(6, 3)), "several"), 3).module
+    for model in (early, late, parted):
+        assert [whole_count(model, trainable=trainable) for trainable in (True, False)] == sizes
+    merged = late.merge_and_unload()
+    assert whole_count(merged) == merged.num_parameters() == make("Llama", heads=(6, 3)).num_parameters()
+
+
+def decides_once() -> None:
+    """What an adapter's file holds is rank 0's decision, and what fails there all ranks learn of."""
+    model = shard(adapt(make("Llama"), "every linear"))
+    true = save.get_peft_model_state_dict
+
+    def unwell(*args, **options):
+        raise OSError("the Hub is away")
+
+    try:
+        with shared_folder() as folder:
+            if dist.get_rank() == 1:
+                save.get_peft_model_state_dict = unwell
+            tp_plugin.save_pretrained(model, folder)
+            assert load_file(folder / "adapter_model.safetensors").keys() == true(model).keys()
+        save.get_peft_model_state_dict = unwell if dist.get_rank() == 0 else true
+        with pytest.raises(tp_plugin.TensorParallelError, match="OSError: the Hub is away"):
+            tp_plugin.save_pretrained(model, "nowhere")
+    finally:
+        save.get_peft_model_state_dict = true
+
+
+def unreadable() -> None:
+    """An adapter that one rank cannot read is refused on every rank before it is put in anywhere."""
+    says = pytest.raises(tp_plugin.TensorParallelError, match=r"reading the adapter .* failed")
+    with shared_folder() as folder:
+        tp_plugin.save_pretrained(shard(adapt(make("Llama"), "every linear")), folder)
+        (folder / "no weights").mkdir(exist_ok=True)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.copy(folder / "adapter_config.json", folder / "no weights")
+        dist.barrier()
+        for bad in ("nothing", "no weights"):
+            where = folder / bad if dist.get_rank() == 1 else folder
+            model = shard(make("Llama"))
+            with says:
+                peft.PeftModel.from_pretrained(model, where)
+            with says:
+                model.load_adapter(str(where), "given")
+            assert not any("lora" in name for name, _ in model.named_parameters())
+            model = peft.PeftModel.from_pretrained(model, folder)
+            with says:
+                model.load_adapter(where, "again")
+            assert list(model.peft_config) == ["default"]
+
+
 # ---- several adapters, dropout, collectives --------------------------------------------------------------------------
 
 
@@ -220,6 +326,50 @@ def switches() -> None:
             for model in (ours, truth):
                 model.set_adapter(adapter)
             gradients_of(ours, truth)
+
+
+def combines() -> None:
+    """``add_weighted_adapter`` by sums and by concatenation, as in one process."""
+    truth = adapt(make("Llama", heads=(6, 3)), "several")
+    ours = shard(adapt(make("Llama", heads=(6, 3)), "several"))
+    for kind in ("linear", "cat"):
+        for model in (truth, ours):
+            model.add_weighted_adapter(["default", "second"], [0.7, 0.4], kind, combination_type=kind)
+            model.set_adapter(kind)
+        close(logits_of(ours), logits_of(truth))
+
+
+def scales_shared_rows() -> None:
+    """IA3 on the output of a shared expert, which is partial where it is scaled."""
+    asked = {"target_modules": ["shared_expert.down_proj"], "feedforward_modules": []}
+    truth, early = (adapt(make("Qwen2Moe"), "IA3", **asked) for _ in range(2))
+    gradients_of(shard(early), truth)
+    gradients_of(adapt(shard(make("Qwen2Moe")), "IA3", **asked), truth)
+
+
+def samples_words() -> None:
+    """A prompt that begins as random words is the same words on ranks that were seeded differently."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB")
+    found = []
+    for base, seed in ((make("Llama"), 0), (shard(make("Llama")), dist.get_rank())):
+        torch.manual_seed(seed)
+        found.append(peft.get_peft_model(base, config).prompt_encoder["default"].embedding.weight)
+    assert torch.equal(*found)
+
+
+def twins() -> None:
+    """A late copy of a sharded module has its own sizes and knows what the module knows."""
+    ours = adapt(shard(make("Llama", heads=(6, 3), tied=False)), "modules to save")
+    found = 0
+    for wrapper in ours.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            first, twin = wrapper.original_module, wrapper.modules_to_save["default"]
+            for name in ("out_features", "in_features", "num_embeddings"):
+                assert getattr(twin, name, None) == getattr(first, name, None), name
+            assert vars(twin.weight).keys() - {"tp_summed"} == vars(first.weight).keys() - {"tp_summed"}
+            assert not hasattr(twin.weight, "ds_shape")
+            found += hasattr(twin.weight, "tp_vocab")
+    assert found == 1, "no head's copy"
 
 
 def drops_out() -> None:
@@ -377,6 +527,16 @@ def refuse_after_zero_3() -> None:
     peft.get_peft_model(engine.module, lora())
 
 
+def refuse_expert_bias() -> None:
+    config = lora(target_parameters=["mlp.experts.down_proj_bias"])
+    shard(peft.get_peft_model(make("GptOss"), config))
+
+
+def refuse_singular_values() -> None:
+    ours = shard(adapt(make("Llama"), "several"))
+    ours.add_weighted_adapter(["default", "second"], [0.7, 0.4], "both")
+
+
 def refuse_shared_scales() -> None:
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     shard(peft.get_peft_model(make("Llama", heads=(6, 3)), config))
@@ -400,17 +560,40 @@ SAYS = {
     "refuse_inside": "give tp_plugin the PeftModel itself",
     "refuse_head_bias": "set lora_bias=False",
     "refuse_after_zero_3": "before deepspeed.initialize",
+    "refuse_expert_bias": "leave it out of target_parameters",
+    "refuse_singular_values": "combination_type='svd'",
     "refuse_shared_scales": "key/value heads that ranks share",
 }
 RIGHT = (
     *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "saves_dora", "merges"),
     *("merges_dora", "full_state", "by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
+    *("keeps_the_base", "state_dicts", "counts", "decides_once", "unreadable", "combines", "scales_shared_rows"),
+    *("samples_words", "twins"),
 )
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(name):
     values(launched(2, HERE, (*RIGHT, *SAYS)), name)
+
+
+def saves_prompt_zero_3(adapter: str) -> None:
+    """The prompt is partitioned over two data-parallel ranks, and rank 0 alone writes; training goes on after."""
+    with shared_folder() as folder:
+        engine = engine_for(model := adapt(make("Llama"), adapter), optimizer_for(model, "adamw"), config_for(1, 3))
+        for step in (0, 1):
+            for pieces in micro_batches(step, 2):
+                engine.backward(loss_of(engine, pieces[dist.get_rank()], step))
+                engine.step()
+            tp_plugin.save_pretrained(engine, folder / str(step))
+        wanted = logits_of(engine)
+        dist.barrier()
+        close(logits_of(peft.PeftModel.from_pretrained(make("Llama"), folder / "1")), wanted)
+
+
+@pytest.mark.parametrize("adapter", ["prompt", "prompt encoder"])
+def test_prompt_that_zero_3_parted_is_saved(adapter):
+    values(launched(2, HERE, ("saves_prompt_zero_3",), (adapter,)), "saves_prompt_zero_3")
 
 
 @pytest.mark.parametrize("name", SAYS)

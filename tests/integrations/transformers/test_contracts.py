@@ -66,6 +66,7 @@ def test_every_name_is_where_we_expect_it(part):
         (reading, Trainer, "_get_dataloader"),
         (export, modeling_utils, "safe_save_file"),
         (export, core_model_loading, "revert_weight_conversion"),
+        (export, PreTrainedModel, "get_parameter_or_buffer"),
         (export, Trainer, "save_model"),
         (export, hub, "create_and_tag_model_card"),
         (first_step, Trainer, "training_step"),

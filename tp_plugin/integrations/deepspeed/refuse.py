@@ -21,7 +21,7 @@ from tp_plugin.sharding import state_of
 
 NOT_ELEMENTWISE = (
     *("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac", "lomo", "adammini", "sm3"),
-    *("prodigy", "dadapt", "dion", "came"),
+    *("prodigy", "dadapt", "dion", "came", "lorafa"),
 )
 """Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")

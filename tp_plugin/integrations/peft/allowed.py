@@ -123,6 +123,12 @@ def _particulars(name: str, tuner: Any, adapter: str, placement: Placement | Non
         if summed or repeats or style in (p.COLUMN_GATHER, p.VOCAB_HEAD, p.ENTER, p.LATENT):
             what = "key/value heads that a rank uses more than once" if repeats else f"style {style}"
             return f"DoRA on {name!r} ({what}) is not supported; train LoRA there, or leave it out of target_modules."
+    cut = {} if placement is None else placement.layouts
+    if isinstance(tuner, ParamWrapper) and style == p.EXPERTS and tuner.parameter_name not in cut:
+        return (
+            f"target_parameters names {tuner.parameter_name!r} of {name!r}, which every rank holds whole and would add "
+            "to a partial result; leave it out of target_parameters."
+        )
     if isinstance(tuner, lora.Linear) and tuner.lora_bias[adapter]:
         if summed:
             return f"lora_bias on {name!r} would be added to a result that is partial still; set lora_bias=False."

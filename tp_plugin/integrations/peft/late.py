@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -27,11 +29,14 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
 from tp_plugin.sharding.adapters import note
 from tp_plugin.sharding.equal import equalise
+from tp_plugin.sharding.inputs import bring_in_step
 from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.shard import layouts_of
 
 PLAIN_INITS = (True, False, "gaussian")
 """Ways to begin a LoRA that do not look at the base's weights."""
+BY_SHARDS = ("linear", "cat")
+"""Ways to combine LoRAs that give shards of the combination when they are done on shards."""
 
 
 def check_contracts() -> None:
@@ -40,6 +45,8 @@ def check_contracts() -> None:
     contract(BaseTuner, "inject_adapter", ["model", "adapter_name"], why)
     contract(PeftModel, "_setup_prompt_encoder", ["adapter_name"], why)
     contract(ModulesToSaveWrapper, "update", ["adapter_name"], why)
+    combined = ["adapters", "weights", "adapter_name", "combination_type"]
+    contract(LoraModel, "add_weighted_adapter", combined, "it would combine shards")
 
 
 def install(patches: Patches) -> None:
@@ -47,6 +54,7 @@ def install(patches: Patches) -> None:
     patches.replace(BaseTuner, "inject_adapter", _inject_method)
     patches.replace(PeftModel, "_setup_prompt_encoder", _prompt_method)
     patches.replace(ModulesToSaveWrapper, "update", _update_method)
+    patches.replace(LoraModel, "add_weighted_adapter", _add_weighted_method)
 
 
 def _inject_method(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +134,8 @@ def _prompt_method(original: Callable[..., Any]) -> Callable[..., Any]:
         if record is None:
             return original(self, adapter_name)
         agree(_obstacle(self, adapter_name, self.peft_config[adapter_name]))
+        if record.mesh.tp_group is not None:
+            bring_in_step(self, record.mesh)  # it may draw words and look them up in a sharded embedding
         with _of_full_size(self):
             found = original(self, adapter_name)
         equalise(dict(self.prompt_encoder[adapter_name].named_parameters()), record.mesh)
@@ -168,9 +178,32 @@ def _twin(module: nn.Module, mesh: ParallelMesh, _memo: dict) -> nn.Module:
     twin = copy.deepcopy(module, {id(value): value for value in shared})
     for (_, old), (_, new) in zip(module.named_parameters(), twin.named_parameters(), strict=True):
         # what is known of a parameter, which copying drops, and so it does its hooks
-        vars(new).update({name: value for name, value in vars(old).items() if name != "tp_summed"})
+        vars(new).update({name: value for name, value in vars(old).items() if name not in ("tp_summed", "ds_shape")})
         if hasattr(old, "tp_layout"):
             note(new, old.tp_layout, mesh)
         elif hasattr(old, "tp_partial_over"):
             sum_partial_gradient(new, mesh)
+    if isinstance(twin, nn.Linear):  # these, and ds_shape above, may be the full ones that PEFT is told just now
+        twin.out_features, twin.in_features = twin.weight.shape
+    elif isinstance(twin, nn.Embedding):
+        twin.num_embeddings = twin.weight.shape[0]
     return twin
+
+
+def _add_weighted_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Sums and concatenations of shards are shards; singular values, thresholds and random masks are not."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def add_weighted_adapter(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        kind = given.arguments["combination_type"]
+        if state_of(self.model) is not None and kind not in BY_SHARDS:
+            raise TensorParallelError(
+                f"add_weighted_adapter with combination_type={kind!r} looks at whole matrices and this model is "
+                "sharded; use 'linear' or 'cat', or combine the saved adapters in one process."
+            )
+        return original(self, *args, **kwargs)
+
+    return add_weighted_adapter

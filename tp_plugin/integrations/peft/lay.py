@@ -163,6 +163,8 @@ def _lay_ia3(tuner: Any, adapter: str, base: Any, mesh: ParallelMesh) -> None:
             place(factors, base.tp_layout.along(0, factors.shape), mesh)
     elif isinstance(base, RowParallel) and tuner.is_feedforward and not base.tp_split:
         place(factors, base.tp_layout.along(1, factors.shape), mesh)
+    elif isinstance(base, RowParallel) and base.tp_partial and not tuner.is_feedforward:
+        sum_partial_gradient(factors, mesh)  # it scales a partial result
     take_full_tensors(tuner.ia3_l, mesh)
 
 

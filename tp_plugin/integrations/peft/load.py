@@ -1,4 +1,4 @@
-"""transformers' ``model.load_adapter`` on a sharded model: by way of PEFT, into whose adapters full tensors go.
+"""Adapters read into a sharded model: by way of PEFT, into whose adapters full tensors go.
 
 transformers' own loader puts a new parameter into the place of each it loads, which would know nothing of shards.
 """
@@ -9,11 +9,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
+from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.sharding import state_of
 
@@ -21,11 +22,17 @@ from tp_plugin.sharding import state_of
 def check_contracts() -> None:
     """See :func:`tp_plugin.integrations.peft.check_contracts`."""
     contract(PeftAdapterMixin, "load_adapter", ["peft_model_id", "adapter_name"], "a sharded model takes its shards")
+    why = "every rank reads an adapter before any puts it into a sharded model"
+    contract(PeftModel, "from_pretrained", ["model", "model_id"], why)
+    contract(PeftModel, "load_adapter", ["model_id", "adapter_name"], why)
+    contract(PeftModel, "_split_kwargs", ["kwargs"], why)
 
 
 def install(patches: Patches) -> None:
-    """Lay the patch; models that are not sharded load adapters as ever."""
+    """Lay the patches; models that are not sharded load adapters as ever."""
     patches.replace(PeftAdapterMixin, "load_adapter", _load_adapter_method)
+    patches.replace(PeftModel, "from_pretrained", _from_pretrained_method)
+    patches.replace(PeftModel, "load_adapter", _peft_load_adapter_method)
 
 
 def _load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,19 +52,64 @@ def _load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
                 "adapter_state_dict), adapter_name and is_trainable by name; load with other options before sharding."
             )
         where: Any = peft_model_id
-        config = PeftConfig.from_pretrained(where) if config is None else config
+        error = None
+        try:
+            config = PeftConfig.from_pretrained(where) if config is None else config
+            state = load_peft_weights(where) if state is None else state
+        except Exception as failure:  # whatever it was, putting the adapter in is a collective call
+            error = _sentence(where, failure)
+        agree(error)
         config.inference_mode = not trained
         name = adapter_name or "default"
         inject_adapter_in_model(config, self, name)
         self._hf_peft_config_loaded = True
-        state = load_peft_weights(where) if state is None else state
         found: Any = set_peft_model_state_dict(self, state, name)
         missing = [key for key in found.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
         if missing or found.unexpected_keys:
-            raise TensorParallelError(
+            error = (
                 f"the adapter {peft_model_id or name!r} does not fit the model: missing {missing[:3]}, unexpected "
                 f"{found.unexpected_keys[:3]}."
             )
+        agree(error)
         return found
 
     return load_adapter
+
+
+def _from_pretrained_method(original: Any) -> Any:
+    """PEFT puts the adapter in between reading its config and its weights."""
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, model_id: Any, *args: Any, **options: Any) -> Any:
+        if state_of(model) is not None:
+            agree(_unreadable(model_id, options))
+        return original.__func__(cls, model, model_id, *args, **options)
+
+    return classmethod(from_pretrained)
+
+
+def _peft_load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
+        if state_of(self) is not None and adapter_name not in self.peft_config:
+            agree(_unreadable(model_id, options))
+        return original(self, model_id, adapter_name, *args, **options)
+
+    return load_adapter
+
+
+def _unreadable(where: Any, options: dict[str, Any]) -> str | None:
+    """Why this rank cannot read the adapter's config and weights; None if it can."""
+    try:
+        of_hub, _ = PeftModel._split_kwargs(options)
+        if options.get("config") is None:
+            PeftConfig.from_pretrained(where, **of_hub)
+        load_peft_weights(where, device="cpu", **of_hub)
+    except Exception as failure:
+        return _sentence(where, failure)
+    return None
+
+
+def _sentence(where: Any, failure: Exception) -> str:
+    reason = str(failure).splitlines()[0].split(". ")[0].rstrip(".") if str(failure) else ""
+    return f"reading the adapter {str(where)!r} failed: {type(failure).__name__}: {reason}."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from transformers import Trainer
 
 from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.transformers.export import Written, collects_nothing
+from tp_plugin.integrations.transformers.export import Written, collects_nothing, from_first, nothing_here
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.gather import gathered, unwrapped
+from tp_plugin.weights.gather import gathered, refuse_shards, unwrapped
 from tp_plugin.weights.stream import persistent
 
 
 def check_contracts() -> None:
     """See :func:`tp_plugin.integrations.peft.check_contracts`."""
     contract(PeftModel, "save_pretrained", ["save_directory"], "adapters are saved with full shapes")
+    contract(PeftModel, "get_prompt_embedding_to_save", ["adapter_name"], "a prompt is computed on every rank")
     contract(Trainer, "save_model", ["output_dir", "_internal_call"], "adapters alone are gathered for it")
 
 
@@ -52,36 +54,72 @@ def save_adapters(model_or_engine: nn.Module | Any, directory: str | Path, **opt
         agree("adapters are not pushed to the hub while they are saved; upload the directory afterwards.")
     for given in ("is_main_process", "state_dict"):
         options.pop(given, None)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    everything, names = persistent(model), list[str]()
     error: str | None = None
-    tensors = _saved(model, options)
-    state = gathered(model_or_engine, tensors)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        staging = Path(directory) / f".saving-{secrets.token_hex(4)}"
+    with _prompts_held(model, options):
+        if first:
+            try:
+                names = _saved(model, everything, options)
+            except Exception as failure:  # whatever it was, every rank must learn of it
+                error = f"saving the adapters failed: {type(failure).__name__}: {failure}"
+        names, error = from_first((names, error))
+        agree(error)
         try:
-            staging.mkdir(parents=True)
-            _ORIGINAL(model, str(staging), state_dict=state, **options)
-            _publish(staging, Path(directory))
-        except Exception as failure:  # whatever it was, every rank must learn of it
+            state = gathered(model_or_engine, {name: everything[name] for name in names})
+            if first:
+                _write(model, Path(directory), state, options)
+        except Exception as failure:
             error = f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
-        shutil.rmtree(staging, ignore_errors=True)
     agree(error)
 
 
 _ORIGINAL = PeftModel.save_pretrained
 
 
-def _saved(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What of the model PEFT would write, by its name in the model."""
-    everything = persistent(model)
+def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str, Any]) -> None:
+    staging = directory / f".saving-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+        _ORIGINAL(model, str(staging), state_dict=state, **options)
+        _publish(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _prompts_held(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Prompts are computed on every rank, which ZeRO-3 asks for; while open, PEFT on one rank takes those."""
+    configs = model.peft_config
+    chosen = [name for name in options.get("selected_adapters") or configs if name in configs]
+    prompts = {}
+    for name in chosen:
+        if not configs[name].is_prompt_learning:
+            continue
+        if configs[name].inference_mode and any(hasattr(p, "ds_id") for p in model.prompt_encoder[name].parameters()):
+            raise TensorParallelError(
+                f"the prompt of adapter {name!r} is loaded for inference and partitioned by ZeRO-3, where PEFT cannot "
+                "save it; load it with is_trainable=True."
+            )
+        prompts[name] = model.get_prompt_embedding_to_save(name)
+    if not prompts:
+        yield
+        return
+    model.get_prompt_embedding_to_save = prompts.__getitem__
+    try:
+        yield
+    finally:
+        del model.get_prompt_embedding_to_save
+
+
+def _saved(model: Any, everything: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Names of what in the model PEFT would write; it may ask the Hub for that, which ranks could hear differently."""
     asked = {name: options[name] for name in ("save_embedding_layers",) if name in options}
     taken: set[int] = set()
     for adapter in options.get("selected_adapters") or list(model.peft_config):
         found = get_peft_model_state_dict(model, state_dict=dict(everything), adapter_name=adapter, **asked)
         taken |= {id(tensor) for tensor in found.values()}
-        encoder = getattr(model, "prompt_encoder", None)
-        if model.peft_config[adapter].is_prompt_learning and encoder is not None:
-            taken |= {id(tensor) for tensor in encoder.parameters()}
-    return {name: tensor for name, tensor in everything.items() if id(tensor) in taken}
+    return [name for name, tensor in everything.items() if id(tensor) in taken]
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -101,7 +139,12 @@ def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
         state = options.get("state_dict")
         if isinstance(state, Written):
             return
-        if state is not None or state_of(self) is None:
+        if state_of(self) is None:
+            original(self, save_directory, *args, **options)
+        elif state is not None:
+            if nothing_here(state, options.get("is_main_process", True)):
+                return
+            refuse_shards(self, state)
             original(self, save_directory, *args, **options)
         elif (
             args

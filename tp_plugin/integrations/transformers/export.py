@@ -7,6 +7,7 @@ weights, what they are made of is taken down. Then all ranks stream them.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -31,7 +32,7 @@ from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.gather import mesh_of, unwrapped
+from tp_plugin.weights.gather import mesh_of, refuse_shards, unwrapped
 from tp_plugin.weights.safetensors_file import SafetensorsFile
 from tp_plugin.weights.stream import Output, View, between_steps, full_shape, persistent, stream
 
@@ -49,6 +50,8 @@ def check_contracts() -> None:
     contract(modeling_utils, "safe_save_file", ["tensors", "filename", "metadata"], why)
     contract(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], why)
     contract(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], why)
+    contract(PreTrainedModel, "get_parameter_or_buffer", ["target"], "it looks for tied weights")
+    contract(PreTrainedModel, "_hf_peft_config_loaded", None, "add_adapter says by it that only adapters are saved")
     contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
     contract(hub, "create_and_tag_model_card", ["repo_id"], "push_to_hub makes its model card")
 
@@ -79,7 +82,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
             error = _sentence(directory, failure)
     try:
         agree(error)
-        staging, files = _from_first((staging, files))
+        staging, files = from_first((staging, files))
         agree(_written(model_or_engine, model, staging, files))
         if first:
             try:
@@ -108,7 +111,8 @@ def _sentence(directory: Path, failure: Exception) -> str:
     return f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
 
 
-def _from_first(value: Any) -> Any:
+def from_first(value: Any) -> Any:
+    """Global rank 0's value, on every rank; a collective call."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -159,11 +163,16 @@ def described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
     options = {"max_shard_size": "5GB"} | dict(options)
     original = modeling_utils.safe_save_file
     modeling_utils.safe_save_file = take_down  # type: ignore[assignment]
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    if adapted:  # ties are looked for among the model's parameters, of which none has a name that adapters are saved by
+        model.get_parameter_or_buffer = collections.defaultdict[str, object](object).__getitem__
     try:
         with _Tracing():
             model.save_pretrained(staging, state_dict=dict(hollow), is_main_process=True, **options)
     finally:
         modeling_utils.safe_save_file = original
+        if adapted:
+            del model.get_parameter_or_buffer
     for index in staging.glob("*.index*.json"):
         text = json.loads(index.read_text())  # transformers counted the parameters of this rank
         distinct = {id(tensor): full_shape(tensor) for tensor in model.parameters()}
@@ -214,21 +223,33 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
 
 
 def publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> None:
-    """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves."""
-    fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves.
+
+    ``weights`` are moved by name: other hosts wrote them, and this one's listing of the directory may be older. Where
+    a model has adapters of transformers' ``add_adapter`` only those were written, and a model in ``directory`` stays.
+
+    Raises:
+        OSError: one of them is missing; nothing in ``directory`` was touched.
+    """
+    listed = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+    fresh = sorted(listed | {Path(name) for name in weights})
     for path in fresh:
-        _fsync(path)
-    (directory / "config.json").unlink(missing_ok=True)
-    infix = f".{variant}" if variant else ""
-    stale = set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
-    stale |= {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
-    for path in stale - {directory / name for name in weights}:
-        path.unlink(missing_ok=True)
-    for path in sorted(fresh, key=lambda path: (path.name == "config.json", path.name not in weights)):
-        target = directory / path.relative_to(staging)
+        _fsync(staging / path)
+    if Path("config.json") in listed:
+        (directory / "config.json").unlink(missing_ok=True)
+        infix = f".{variant}" if variant else ""
+        stale = set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
+        stale |= {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
+        for path in stale - {directory / name for name in weights}:
+            path.unlink(missing_ok=True)
+    for path in sorted(fresh, key=lambda path: (path.name in _CONFIGS, path.name not in weights)):
+        target = directory / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        os.replace(staging / path, target)
     _fsync(directory)
+
+
+_CONFIGS = ("adapter_config.json", "config.json")
 
 
 def _fsync(path: Path) -> None:
@@ -275,7 +296,12 @@ def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if isinstance(state_dict, Written):
             return
-        if state_dict is not None or state_of(self) is None:
+        if state_of(self) is None:
+            original(self, save_directory, is_main_process, state_dict, *args, **options)
+        elif state_dict is not None:
+            if nothing_here(state_dict, is_main_process):
+                return
+            refuse_shards(self, state_dict)
             original(self, save_directory, is_main_process, state_dict, *args, **options)
         elif args:
             raise TensorParallelError(
@@ -286,6 +312,11 @@ def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
             save(self, os.fspath(save_directory), **options)
 
     return method
+
+
+def nothing_here(state: Mapping[str, Any], main: bool) -> bool:
+    """Whether this is what a rank that does not save holds of a full state dict."""
+    return not state and (not main or (dist.is_initialized() and dist.get_rank() != 0))
 
 
 def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:

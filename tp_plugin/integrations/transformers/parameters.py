@@ -19,6 +19,7 @@ from tp_plugin.integrations.accelerate.degree import tp_size
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.gather import unwrapped
+from tp_plugin.weights.stream import full_shape
 
 
 def check_contracts() -> None:
@@ -38,15 +39,14 @@ def install(patches: Patches) -> None:
 
 def whole_count(model: Any, *, trainable: bool = False, embeddings: bool = True) -> int | None:
     """Parameters of the unsharded model inside ``model``, each tied one once; None if nothing is sharded in it."""
-    record = state_of(model)
-    if record is None:
+    if state_of(model) is None:
         return None
     inner = unwrapped(model)
     left_out = set()
     if not embeddings:
         left_out = {f"{name}.weight" for name, module in inner.named_modules() if isinstance(module, nn.Embedding)}
     return sum(
-        math.prod(record.shapes[name]) if name in record.shapes else param.numel()
+        math.prod(full_shape(param))
         for name, param in inner.named_parameters()
         if name not in left_out and (param.requires_grad or not trainable)
     )
