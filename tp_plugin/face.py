@@ -146,9 +146,10 @@ def save_pretrained(model_or_engine: nn.Module | Any, directory: str | Path, **o
 
     Tensors are gathered in buckets and written as they come: beyond its shard of the model a rank holds less than
     512 MiB (and under ZeRO-3 one bucket's parameters whole over data parallelism; a single tensor that transformers
-    computes from others on saving is held whole). The files are dealt over all ranks that see the directory. It appears
-    at once when it is complete, and a failed save leaves an earlier one as it was. Training may go on afterwards with
-    the very same parameters.
+    computes from others on saving is held whole). The files are dealt over all ranks that see the directory. They
+    are moved into it when all are on the disk: a save that fails before leaves an earlier one as it was, one that is
+    killed while files move leaves a directory without ``config.json``, which nobody loads. Training may go on
+    afterwards with the very same parameters.
 
     Args:
         model_or_engine: a sharded transformers model, or the DeepSpeed engine around it.

@@ -34,7 +34,7 @@ ROWS, LENGTH = 2, 256  # of the batch, at most
 POSITIONS = 32  # of each row, whose logits are compared
 TOKENWISE = {
     *("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "inputs_embeds"),
-    *("completion_mask", "assistant_masks", "shift_labels", "num_items_in_batch"),
+    *("completion_mask", "assistant_masks", "shift_labels"),
 }
 """Inputs whose second dimension counts tokens, so that they may be cut there together."""
 LIMITS = {"loss": 1e-3, "outputs": 1e-2}
@@ -356,6 +356,3 @@ def _is_plain(tree: Any) -> bool:
     if isinstance(tree, tuple | list):
         return all(_is_plain(value) for value in tree)
     return tree is None or isinstance(tree, torch.Tensor | int | float | str)
-
-
-__all__ = ["StepGuard", "guard_of"]

@@ -52,10 +52,6 @@ class Output:
     sources: tuple[str, ...]
     view: View | None
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 @dataclasses.dataclass(frozen=True)
 class Span:

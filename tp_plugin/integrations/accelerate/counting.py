@@ -20,28 +20,24 @@ from tp_plugin.integrations.accelerate.degree import tp_size
 from tp_plugin.integrations.contract import Patches, contract
 
 
-class DataParallelState(AcceleratorState):
+class _ByGroup:
+    """Counts a TP group as one process, in front of a state of accelerate's."""
+
+    @property
+    def num_processes(self) -> int:
+        return self.__dict__["num_processes"] // tp_size()
+
+    @property
+    def process_index(self) -> int:
+        return self.__dict__["process_index"] // tp_size()
+
+
+class DataParallelState(_ByGroup, AcceleratorState):
     """The state of this process with a TP group counted as one process."""
 
-    @property
-    def num_processes(self) -> int:
-        return self.__dict__["num_processes"] // tp_size()
 
-    @property
-    def process_index(self) -> int:
-        return self.__dict__["process_index"] // tp_size()
-
-
-class DataParallelProcess(PartialState):
+class DataParallelProcess(_ByGroup, PartialState):
     """The same of the state beneath."""
-
-    @property
-    def num_processes(self) -> int:
-        return self.__dict__["num_processes"] // tp_size()
-
-    @property
-    def process_index(self) -> int:
-        return self.__dict__["process_index"] // tp_size()
 
 
 def check_contracts() -> None:

@@ -20,6 +20,7 @@ from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.transformers.export import Written, collects_nothing, from_first, nothing_here
 from tp_plugin.sharding import state_of
+from tp_plugin.weights.atomic import sync
 from tp_plugin.weights.gather import gathered, refuse_shards, unwrapped
 from tp_plugin.weights.stream import persistent
 
@@ -126,8 +127,7 @@ def _publish(staging: Path, directory: Path) -> None:
     """Move what was written into place, configs last: without one nobody loads an adapter."""
     fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     for path in sorted(fresh, key=lambda path: path.name == "adapter_config.json"):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         target = directory / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

@@ -32,11 +32,11 @@ from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
+from tp_plugin.weights.atomic import sync
 from tp_plugin.weights.gather import mesh_of, refuse_shards, unwrapped
 from tp_plugin.weights.safetensors_file import SafetensorsFile
 from tp_plugin.weights.stream import Output, View, between_steps, full_shape, persistent, stream
 
-INDEX = "model.safetensors.index.json"
 Files = list[tuple[str, list[Output], dict[str, str]]]
 """(file name, what it holds, the metadata of its header) of every file of weights."""
 
@@ -234,7 +234,7 @@ def publish(staging: Path, directory: Path, weights: set[str], variant: str | No
     listed = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
     fresh = sorted(listed | {Path(name) for name in weights})
     for path in fresh:
-        _fsync(staging / path)
+        sync(staging / path)
     if Path("config.json") in listed:
         (directory / "config.json").unlink(missing_ok=True)
         infix = f".{variant}" if variant else ""
@@ -246,18 +246,10 @@ def publish(staging: Path, directory: Path, weights: set[str], variant: str | No
         target = directory / path
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / path, target)
-    _fsync(directory)
+    sync(directory)
 
 
 _CONFIGS = ("adapter_config.json", "config.json")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _push(model: Any, directory: Path, options: Mapping[str, Any]) -> None:
