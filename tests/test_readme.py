@@ -140,17 +140,19 @@ def test_loss_example(tmp_path):
     from tp_plugin.loss import reference_cross_entropy
 
     (tmp_path / "loss.py").write_text(BLOCKS["loss"].replace("init_process_group()", 'init_process_group("gloo")'))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loss.py"]
+    # a file for each rank's output: on one pipe two ranks' numbers can stand in each other
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--log-dir", "logs", "--redirects", "1"]
+    command = [sys.executable, *launcher, "--nproc-per-node", "2", "loss.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     torch.manual_seed(0)
     hidden, labels, weight = torch.randn(64, 32), torch.randint(0, 1000, (64,)), torch.randn(1000, 32)
     loss, stats = reference_cross_entropy(hidden, weight, labels, label_smoothing=0.1, z_loss=1e-4)
-    printed = [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
+    printed = [[float(number) for number in file.read_text().split()] for file in tmp_path.glob("logs/**/stdout.log")]
     assert len(printed) == 2
-    for line in printed:
-        assert line == pytest.approx([loss.item(), stats.entropy.mean().item()], rel=1e-5)
+    for numbers in printed:
+        assert numbers == pytest.approx([loss.item(), stats.entropy.mean().item()], rel=1e-5)
 
 
 def free_port() -> int:
