@@ -30,24 +30,28 @@ def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
     Raises:
         TensorParallelError: on every rank; the message lists each distinct sentence with its global ranks.
     """
+    said = together(error, group)
+    if said:
+        raise TensorParallelError(said)
+
+
+def together(sentence: str | None, group: dist.ProcessGroup | None = None) -> str:
+    """Each distinct sentence that ranks of ``group`` bring, with their global ranks; a collective call.
+
+    The same on all ranks; "" when nobody brings one. Arguments as of :func:`agree`.
+    """
     if not dist.is_available() or not dist.is_initialized():
-        if error:
-            raise TensorParallelError(error)
-        return
+        return sentence or ""
     found: list[tuple[int, str | None]] = [(0, None)] * dist.get_world_size(group)
-    dist.all_gather_object(found, (dist.get_rank(), error), group=group)
+    dist.all_gather_object(found, (dist.get_rank(), sentence), group=group)
     ranks_of: dict[str, list[int]] = {}
-    for rank, sentence in found:
-        if sentence:
-            ranks_of.setdefault(sentence, []).append(rank)
-    if not ranks_of:
-        return
+    for rank, brought in found:
+        if brought:
+            ranks_of.setdefault(brought, []).append(rank)
     everyone = len(found)
-    parts = [
-        sentence if len(ranks) == everyone else f"{sentence} [on {_name(ranks)}]"
-        for sentence, ranks in ranks_of.items()
-    ]
-    raise TensorParallelError(" | ".join(parts))
+    return " | ".join(
+        brought if len(ranks) == everyone else f"{brought} [on {_name(ranks)}]" for brought, ranks in ranks_of.items()
+    )
 
 
 def meet(what: str, patience: float = 60.0, group: dist.ProcessGroup | None = None) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import all_reduce_
-from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError, agree
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError, agree, together
 from tp_plugin.lazy import materialise_outputs
 from tp_plugin.sharding import Sharding
 from tp_plugin.sharding.equal import comm_device
@@ -117,11 +117,13 @@ class StepGuard:
             error = self._examined(run, batch, root, group)
         agree(error, group)
 
-    def _say_unchecked(self, failure: Exception | None) -> None:
-        if failure is not None and self.mesh.tp_rank == 0 and not self.config.quiet:
+    def _say_unchecked(self, failure: Exception | None, group: dist.ProcessGroup | None) -> None:
+        """Said once, whichever rank failed; a collective call."""
+        reason = together(None if failure is None else f"{type(failure).__name__}: {failure}", group)
+        if dist.get_rank(group) == 0:
             print(
                 f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
-                f"({type(failure).__name__}: {failure}); its loss was not checked.",
+                f"({reason}); its loss was not checked.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -141,7 +143,7 @@ class StepGuard:
             if half and not self._any(failure is not None, group):
                 exact, failure = self._tried(plain_twin(root, self.mesh, torch.float32), run, small, exact=True)
         if self._any(failure is not None, group):
-            self._say_unchecked(failure)
+            self._say_unchecked(failure, group)
             return None
         assert ours is not None
         assert plain is not None

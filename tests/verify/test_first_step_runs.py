@@ -1,0 +1,140 @@
+"""The guard's own runs: beside ZeRO-3's prefetching, over replicas, when one rank fails alone, under autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tp_plugin
+from tests.support.models import batch
+from tests.support.ranks import on_ranks
+from tests.support.train import loss_of, micro_batches
+from tests.verify.test_first_step import engine_of, steps
+from tp_plugin.verify import first_step
+from tp_plugin.verify.first_step import guard_of
+
+PREFETCHING = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": 3000,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 10**6,
+        "stage3_max_reuse_distance": 0,  # so that parameters for the backward pass are on their way after a forward
+    }
+}
+
+
+def checked_when_parameters_are_fetched_ahead():
+    """Asked for after steps in which ZeRO-3 learnt the order of the parameters; losses of it and of one not asked."""
+    losses = []
+    for asked in (True, False):
+        engine = engine_of("Llama", 3, PREFETCHING)
+        compared = []
+        guard = guard_of(engine)
+        guard._difference = lambda *args, guard=guard, compared=compared: (
+            compared.append(1) or type(guard)._difference(guard, *args)
+        )
+        losses.append([])
+        for step in range(5):
+            if asked and step == 3:
+                tp_plugin.check_next_step(engine)
+            for pieces in micro_batches(step, 1):
+                loss = loss_of(engine, pieces[0], step)
+                engine.backward(loss)
+                engine.step()
+                losses[-1].append(loss.item())
+        assert len(compared) == 1 + asked
+    return losses
+
+
+def test_it_waits_for_parameters_that_are_fetched_ahead():
+    for asked, alone in on_ranks(2, checked_when_parameters_are_fetched_ahead):
+        assert asked == alone
+
+
+def batches_seen(stage):
+    """What the loss was computed on in the guard's runs on this rank, whose replicas have batches of their own."""
+    engine = engine_of("Llama", stage)
+    seen = []
+
+    def loss(model, inputs):
+        seen.append(inputs["input_ids"].clone())
+        return model(**inputs).loss
+
+    guard_of(engine).examine(loss, batch(0, dist.get_rank() // 2))
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    return seen[0].tolist()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_replicas_that_gather_parameters_together_read_the_same(stage):
+    first, second, third, fourth = on_ranks(4, batches_seen, stage)
+    assert first == second
+    assert third == fourth
+    assert (first == third) == (stage == 3)
+
+
+def one_rank_fails(stage, how):
+    """The loss raises on rank 1: in the sharded run, in the plain one, or on anything but the whole batch."""
+    engine = engine_of("Llama", stage)
+    rows = batch(0, 3)["input_ids"].shape[0]
+    assert rows > first_step.ROWS
+    guard, runs = guard_of(engine), []
+
+    def loss(model, inputs):
+        runs.append(len(inputs["input_ids"]))
+        found = model(**inputs).loss
+        plain = not hasattr(model.lm_head.weight, "tp_layout")
+        if dist.get_rank() == 1 and (plain == (how == "plain") if how != "cut" else runs[-1] < rows):
+            raise ValueError("not that batch")
+        return found
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        guard.examine(loss, batch(0, 3))
+        steps(engine, 2)
+    return runs, said.getvalue()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("how", ["sharded", "plain", "cut"])
+def test_a_loss_that_one_rank_cannot_compute_again_hangs_nobody(stage, how):
+    (runs, said), (others, unsaid) = on_ranks(2, one_rank_fails, stage, how, timeout_s=100)
+    assert runs == others
+    warning = "could not be computed again without tensor parallelism (ValueError: not that batch [on rank 1])"
+    assert (warning in said) == (how != "cut")
+    assert warning not in unsaid
+
+
+def under_autocast():
+    """Relative errors of the sharded and of the plain run against the exact one."""
+    engine = engine_of("Llama", 0)
+    found = {}
+    guard = guard_of(engine)
+
+    def difference(ours, plain, exact, half):
+        assert half
+        found.update(ours=first_step._relative(ours["logits"], exact["logits"]))
+        found.update(plain=first_step._relative(plain["logits"], exact["logits"]), exact=exact["logits"])
+        return type(guard)._difference(guard, ours, plain, exact, half)
+
+    guard._difference = difference
+    with torch.autocast("cpu", torch.bfloat16):
+        guard.examine(lambda model, inputs: model(**inputs), batch(0, 2))
+    engine.eval()
+    with torch.no_grad():
+        inputs = {name: value[: first_step.ROWS] for name, value in batch(0, 2).items()}
+        logits = engine.module(**inputs).logits[:, -first_step.POSITIONS :]
+    truth = first_step._relative(found.pop("exact"), logits)
+    return found | {"truth": truth}
+
+
+def test_the_exact_run_leaves_autocast():
+    for found in on_ranks(2, under_autocast):
+        assert found["truth"] < 1e-5
+        assert 1e-4 < found["plain"] < 2e-2
+        assert 1e-4 < found["ours"] < 2e-2
