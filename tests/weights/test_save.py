@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
+from transformers import core_model_loading
 
 import tp_plugin
 from benchmarks.live_bytes import LiveBytes
@@ -201,9 +203,8 @@ def test_numbered_files_are_spread_over_ranks_and_stale_ones_removed():
     assert sorted(written) == first[:-1], "each file by one rank"
 
 
-def disk_full(failure):
-    """An export that fails in writing on rank 1 only: the sentence, and what became of the one before it."""
-    model = wide()
+def fails_on_one_rank(model, place, name, failure):
+    """An export in which ``place.name`` fails on rank 1 only: the sentence, and what became of the one before it."""
     engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 1))
     with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
         shared = [own]
@@ -213,11 +214,11 @@ def disk_full(failure):
         before = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
         steps(engine, [0])
 
-        def write(*args):
+        def fail(*args):
             raise failure
 
         if dist.get_rank() == 1:
-            patch.setattr(os, "pwrite", write)
+            patch.setattr(place, name, fail)
         with pytest.raises(tp_plugin.TensorParallelError) as caught:
             tp_plugin.save_pretrained(engine, folder, max_shard_size="500KB")
         steps(engine, [1])  # the ranks meet in it
@@ -226,14 +227,66 @@ def disk_full(failure):
     return str(caught.value), before == after
 
 
+def writing_fails(failure):
+    return fails_on_one_rank(wide(), os, "pwrite", failure)
+
+
+def packed():
+    """A model whose checkpoint has gate and up in one tensor, which is put together again by the rank that writes it."""
+    model = wide()
+    model._weight_conversions = [
+        core_model_loading.WeightConverter(
+            source_patterns="mlp.gate_up_proj.weight",
+            target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            operations=[core_model_loading.Chunk(dim=0)],
+        )
+    ]
+    return model
+
+
+def converting_fails(failure):
+    return fails_on_one_rank(packed(), core_model_loading, "revert_weight_conversion", failure)
+
+
+@pytest.mark.parametrize("how", [writing_fails, converting_fails])
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), RuntimeError("no such failure was thought of")]
 )
-def test_a_failure_on_one_rank_leaves_the_earlier_export_as_it_was(failure):
-    found = on_ranks(2, disk_full, failure)
+def test_a_failure_on_one_rank_leaves_the_earlier_export_as_it_was(how, failure):
+    found = on_ranks(2, how, failure)
     assert len({sentence for sentence, _ in found}) == 1
     assert f"{failure} [on rank 1]" in found[0][0]
     assert all(untouched for _, untouched in found)
+
+
+def computed(stage):
+    """Whether every file's tensors are what they have to be, of a model that was trained, on rank 0."""
+    model = packed()
+    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
+    steps(engine, [0])
+    expected = tp_plugin.full_state_dict(engine)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        tp_plugin.save_pretrained(engine, shared[0], max_shard_size="500KB")
+        if dist.get_rank() != 0:
+            dist.barrier()
+            return {}
+        found = {name: tensor for file in Path(own).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        dist.barrier()
+    for layer in range(6):
+        name = f"model.layers.{layer}.mlp"
+        halves = [expected.pop(f"{name}.{half}_proj.weight") for half in ("gate", "up")]
+        expected[f"{name}.gate_up_proj.weight"] = torch.cat(halves)
+    assert found.keys() == expected.keys()
+    return {name: torch.equal(tensor, expected[name]) for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_transformers_computes_on_saving_is_computed(stage):
+    found, _ = on_ranks(2, computed, stage)
+    assert any("gate_up" in name for name in found)
+    assert all(found.values()), found
 
 
 def one_comes_late():
