@@ -296,6 +296,11 @@ def _sentence(name: Any, failure: Exception) -> str:
     """One sentence about what went wrong on this rank alone."""
     if isinstance(failure, TensorParallelError):
         return str(failure)
+    if "trust_remote_code=True" in str(failure):
+        return (
+            f"{str(name)!r} brings modelling code of its own, which is not run unasked; read it, then pass "
+            "trust_remote_code=True (model.trust_remote_code: true in a recipe)."
+        )
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     said = lines[0].split(". ")[0].rstrip(".") if lines else "no reason given"
     return f"cannot load {str(name)!r}: {type(failure).__name__}: {said}."
