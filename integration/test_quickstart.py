@@ -14,6 +14,7 @@ import pytest
 import transformers
 import yaml
 
+from integration.scripts.launching import free_port
 from tests.support.ranks import ROOT
 
 RECIPE = yaml.safe_load((ROOT / "recipes/quickstart/train.yaml").read_text())
@@ -100,22 +101,21 @@ def test_it_ends_with_a_sample_of_the_prompt_by_that_model(quickstart):
     assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
 
 
-def test_the_deepspeed_launcher_runs_the_same_recipe(tmp_path, quickstart):
+def test_the_deepspeed_launcher_runs_the_same_recipe_and_goes_on_with_the_newest_whole_checkpoint(tmp_path, quickstart):
     launcher = ["deepspeed", "--num_gpus", "4", "--master_port", str(free_port()), "--module"]
     job = ["tp_plugin.finetune", "recipes/quickstart/train.yaml", *into(tmp_path)]
-    log = launch([*launcher, *job, "training.max_steps=2", "training.logging_steps=1"])
+    job += ["training.max_steps=3", "training.logging_steps=1", "training.save_steps=1"]
+    log = launch([*launcher, *job])
     assert SUMMARY.search(log)
 
-    def first_loss(text: str) -> str:
-        return re.findall(r"'loss': '?([\d.]+)", text)[0]
+    def losses(text: str) -> list[str]:
+        return re.findall(r"'loss': '?([\d.]+)", text)
 
-    assert first_loss(log) == first_loss(quickstart[1]), "the same model on the same batch"
+    assert losses(log)[0] == losses(quickstart[1])[0], "the same model on the same batch"
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 1e6
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for number in (2, 3):
+        (damaged,) = tmp_path.glob(f"checkpoint-{number}/*/rank_00001.safetensors")
+        os.truncate(damaged, 1000)
+    again = launch([*launcher, *job, "--resume", "latest-good"])
+    assert "resumed a checkpoint of tp=2 dp=2 ZeRO-1 at tp=2 dp=2 ZeRO-1: step 1" in again
+    assert losses(again) == losses(log)[1:]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 import transformers
 
+from integration.scripts.launching import free_port
 from tests.support.ranks import ROOT
 from tp_plugin.launch.build import build_model, build_tokenizer
 
@@ -153,9 +153,3 @@ def test_loss_example(tmp_path):
     assert len(printed) == 2
     for numbers in printed:
         assert numbers == pytest.approx([loss.item(), stats.entropy.mean().item()], rel=1e-5)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

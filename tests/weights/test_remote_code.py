@@ -40,8 +40,9 @@ def load(folder):
 def test_it_is_not_run_unasked(folder):
     errors = errors_on_ranks(2, load, folder, env={"HF_MODULES_CACHE": str(folder / "modules")})
     assert len(set(errors)) == 1
-    assert "brings modelling code of its own, which is not run unasked; read it, then pass trust_remote_code=True" in (
-        errors[0]
+    assert (
+        "brings modelling code of its own, which is not run unasked; read it, then pass trust_remote_code=True"
+        in (errors[0])
     )
     assert not (folder / MARK).exists()
 

@@ -232,7 +232,7 @@ def writing_fails(failure):
 
 
 def packed():
-    """A model whose checkpoint has gate and up in one tensor, which is put together again by the rank that writes it."""
+    """A model whose checkpoint has gate and up in one tensor, put together again by the rank that writes it."""
     model = wide()
     model._weight_conversions = [
         core_model_loading.WeightConverter(
