@@ -171,7 +171,7 @@ def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, output_dir, _internal_call)
             return
         save_adapters(self.model_wrapped, output_dir or self.args.output_dir or ".")
-        with collects_nothing(self.accelerator):
+        with collects_nothing(self):
             original(self, output_dir, _internal_call)
 
     return save_model

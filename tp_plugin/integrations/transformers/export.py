@@ -321,16 +321,22 @@ def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, output_dir, _internal_call)
             return
         save(self.model_wrapped, output_dir or self.args.output_dir or ".")
-        with collects_nothing(self.accelerator):
+        with collects_nothing(self):
             original(self, output_dir, _internal_call)
 
     return save_model
 
 
 @contextlib.contextmanager
-def collects_nothing(accelerator: Any) -> Iterator[None]:
-    accelerator.get_state_dict = lambda *_args, **_kwargs: Written()
+def collects_nothing(trainer: Trainer) -> Iterator[None]:
+    """Whatever Trainer asks for a full state dict has one that is written already; PEFT at ZeRO-3 asks the engine."""
+    places = [(trainer.accelerator, "get_state_dict")]
+    if trainer.deepspeed is not None:
+        places.append((trainer.deepspeed, "_zero3_consolidated_16bit_state_dict"))
+    for place, name in places:
+        setattr(place, name, lambda *_args, **_kwargs: Written())
     try:
         yield
     finally:
-        del accelerator.get_state_dict
+        for place, name in places:
+            delattr(place, name)
