@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import CompileConfig, GenerationConfig, PreTrainedTokenizerFast, WatermarkingConfig, pipeline
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    WatermarkingConfig,
+    pipeline,
+)
+from transformers.generation import stopping_criteria
 
 import tp_plugin
 from tests.support import zoo
@@ -168,6 +178,41 @@ def late() -> tuple[str, list]:
     return said.getvalue(), tokens
 
 
+class Button(StoppingCriteria):
+    """Somebody stops it, on each rank at another time."""
+
+    def __init__(self) -> None:
+        self.left = 3 + 2 * dist.get_rank()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+STOPPED = {"clock": {"max_time": 3.5}, "button": {}, "assisted": {"max_time": 9.5, "max_new_tokens": 60}}
+
+
+def stopped() -> dict[str, tuple[list, list]]:
+    """A second passes with every look at the clock, on rank 1 half a second; and what is written without any."""
+    plain, model, found = make("Llama").eval(), sharded(make("Llama").eval()), {}
+    endless = prompts(rows=1) | {"no_repeat_ngram_size": 1, "pad_token_id": 0, "eos_token_id": None}
+    for name, how in STOPPED.items():
+        ticks = itertools.count()
+        how = {"max_new_tokens": 12, **how}
+        if name == "button":
+            how["stopping_criteria"] = [Button()]
+        if name == "assisted":
+            how["assistant_model"] = make("Llama", seed=3).eval()
+        pace = 1 / (1 + dist.get_rank())
+        stopping_criteria.time = SimpleNamespace(time=lambda ticks=ticks, pace=pace: pace * next(ticks))
+        try:
+            tokens = model.generate(**endless, **how).tolist()
+        finally:
+            stopping_criteria.time = time
+        found[name] = tokens, plain.generate(**endless, max_new_tokens=how["max_new_tokens"]).tolist()
+    return found
+
+
 def other_prompts() -> None:
     sharded(make("Llama").eval()).generate(**prompts(step=dist.get_rank()), **LENGTH)
 
@@ -188,7 +233,7 @@ def attention_weights() -> None:
 
 
 CASES = (
-    *("ways", "scores", "piped", "compiled", "seeded_apart", "late"),
+    *("ways", "scores", "piped", "compiled", "seeded_apart", "late", "stopped"),
     *("other_prompts", "other_options", "continuous_batching", "attention_weights"),
 )
 
@@ -230,6 +275,16 @@ def test_a_rank_says_whom_it_waits_for():
     assert "tp_plugin: rank 0 waits in generate() for other ranks; it is collective" in said
     assert nothing == ""
     assert first == second
+
+
+def test_one_rank_decides_when_clocks_and_users_stop():
+    first, second = values(results(), "stopped")
+    assert first == second
+    prompt = prompts()["input_ids"].shape[1]
+    for name, (written, endless) in first.items():
+        assert written[0] == endless[0][: len(written[0])], name
+        assert len(written[0]) < len(endless[0]), name
+    assert [len(first[name][0][0]) - prompt for name in ("clock", "button")] == [4, 3]
 
 
 REFUSED = {

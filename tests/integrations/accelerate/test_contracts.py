@@ -8,7 +8,7 @@ import accelerate.scheduler
 import accelerate.utils.random
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, operations
 
@@ -31,6 +31,10 @@ def test_every_name_is_where_we_expect_it(part):
         (counting, PartialState, "split_between_processes"),
         (counting, accelerate.scheduler, "AcceleratorState"),
         (counting, accelerate.utils.random, "AcceleratorState"),
+        (counting, Accelerator, "num_processes"),
+        (counting, Accelerator, "is_last_process"),
+        (counting, Accelerator, "prepare_data_loader"),
+        (counting, ParallelismConfig, "_validate_accelerator"),
         (cpu, PartialState, "_prepare_backend"),
         (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
         (export, Accelerator, "get_state_dict"),
@@ -104,8 +108,31 @@ def test_prepare_makes_its_mesh_by_a_name_looked_up_each_time():
     assert_source_has(Accelerator._prepare_deepspeed, "from torch.distributed.device_mesh import init_device_mesh", why)
     assert_source_has(Accelerator._prepare_deepspeed, 'mesh_dim_name = "tp"', why)
     assert_source_has(Accelerator._prepare_deepspeed, "self.state.ds_device_mesh = init_device_mesh(", why)
-    why = "accelerate/mesh.py multiplies total_num_steps by the TP degree beforehand"
-    assert_source_has(Accelerator._prepare_deepspeed, "scheduler.total_num_steps / self.num_processes", why)
+
+
+def test_what_accelerator_does_with_its_number_of_processes():
+    """A place that is not among these has to be looked at: does it mean ranks, or readers of distinct data?"""
+    readers, ranks = "accelerate/counting.py counts readers there", "accelerate/counting.py has it count ranks"
+    inside = Accelerator._prepare_deepspeed
+    assert_source_has(inside, "scheduler.total_num_steps / self.num_processes", readers)
+    assert_source_has(inside, "[batch_size // self.num_processes for batch_size in batch_sizes]", readers)
+    assert_source_has(inside, "* self.num_processes // sp_size", "deepspeed/refuse.py refuses a train_batch_size")
+    assert_source_has(Accelerator.prepare_data_loader, "num_processes=self.num_processes,", ranks)
+    assert_source_has(Accelerator.is_last_process.fget, "self.process_index == self.num_processes - 1", ranks)
+    assert_source_has(Accelerator.num_processes.fget, "return self.state.num_processes", readers)
+    places = {
+        name: inspect.getsource(inspect.unwrap(found)).count("self.num_processes")
+        for name, found in vars(Accelerator).items()
+        if inspect.isfunction(found) and "self.num_processes" in inspect.getsource(inspect.unwrap(found))
+    }
+    assert places == {
+        "_prepare_deepspeed": 3,
+        "_prepare_megatron_lm": 1,
+        "clip_grad_norm_": 1,  # on XLA
+        "load_state": 1,  # and multi_device, which DeepSpeed is not
+        "prepare_data_loader": 1,
+        "split_between_processes": 1,  # its docstring
+    }
 
 
 def test_data_loaders_read_by_groups():

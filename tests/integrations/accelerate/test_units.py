@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed.device_mesh as device_mesh
 from accelerate import Accelerator
-from accelerate.utils import DummyScheduler
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.integrations.accelerate import degree, dispatch, export, mesh
@@ -34,16 +33,6 @@ def test_a_mesh_is_reused_only_where_it_fits(monkeypatch):
     assert device_mesh.init_device_mesh is original
     with mesh._reused(None, 2):
         assert device_mesh.init_device_mesh is original
-
-
-def test_dummy_schedules_last_as_long_as_planned():
-    """Accelerate divides by tp * dp processes; 100 steps over dp = 2 are 50, whatever tp is."""
-    scheduler = DummyScheduler(optimizer=None, total_num_steps=100)
-    with mesh._planned((scheduler, None), degree=2, split_batches=False):
-        assert scheduler.total_num_steps / 4 == 50
-    assert scheduler.total_num_steps == 100
-    with mesh._planned((scheduler,), degree=2, split_batches=True):
-        assert scheduler.total_num_steps == 100
 
 
 @pytest.mark.parametrize("rank", range(4))

@@ -40,8 +40,8 @@ def test_every_name_is_where_we_expect_it(part):
 @pytest.mark.parametrize(
     ("part", "owner", "name"),
     [
-        (tokens, Trainer, "_get_num_items_in_batch"),
         (tokens, Trainer, "get_tp_size"),
+        (tokens, Trainer, "get_total_train_batch_size"),
         (loading, PreTrainedModel, "from_pretrained"),
         (loading, PreTrainedModel, "_from_config"),
         (loading, PreTrainedModel, "_load_pretrained_model"),
@@ -55,6 +55,7 @@ def test_every_name_is_where_we_expect_it(part):
         (loading, trainer_side, "is_deepspeed_zero3_enabled"),
         (loading, trainer_side, "deepspeed_config"),
         (generate, GenerationMixin, "generate"),
+        (generate, GenerationMixin, "_get_stopping_criteria"),
         (generate, ContinuousMixin, "init_continuous_batching"),
         (parameters, ModuleUtilsMixin, "num_parameters"),
         (parameters, trainer, "get_model_param_count"),
@@ -118,7 +119,7 @@ def test_every_way_into_continuous_batching_is_refused():
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_trainer_divides_token_counts_by_the_degree(degree):
-    """If it stops to, transformers/tokens.py would multiply for nothing."""
+    """If it stops to, transformers/tokens.py would say 1 for nothing."""
     trainer = SimpleNamespace(
         model_accepts_loss_kwargs=True, compute_loss_func=None, _loss_shifts_labels=True,
         args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=degree),
@@ -134,7 +135,12 @@ def test_averaging_over_devices_goes_through_our_gather():
     assert_source_has(
         Trainer._get_num_items_in_batch, "self.accelerator.gather(num_items_in_batch.to(device)).sum()", why
     )
+    why = "transformers/tokens.py says 1, as Accelerator.num_processes counts a TP group once"
     assert_source_has(Trainer.compute_loss, "self.accelerator.num_processes // self.get_tp_size()", why)
+    assert inspect.getsource(trainer).count("self.get_tp_size()") == 3, f"a fourth place asks for it; {why}"
+    why = "transformers/tokens.py divides it by the TP degree afterwards"
+    assert_source_has(Trainer.get_total_train_batch_size, "args.world_size // self.get_tp_size()", why)
+    why = "accelerate/collect.py has gather count a TP group once"
     assert_source_has(Trainer._track_num_input_tokens, "self.accelerator.gather(input_tokens).sum()", why)
 
 

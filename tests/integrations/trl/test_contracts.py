@@ -1,6 +1,7 @@
 """What we rely on in TRL. A failure here says what moved upstream and which file of ours uses it."""
 
 import importlib
+import inspect
 
 import pytest
 import trl
@@ -81,3 +82,15 @@ def test_installing_twice_and_uninstalling_leaves_no_trace():
     integration.uninstall()
     assert [dict(vars(owner)) for owner in (UTILS, BASE._BaseTrainer)] == before
     assert sys.meta_path == finders
+
+
+def test_losses_are_scaled_by_readers():
+    """Accelerate's number over Trainer's degree, of which one counts a TP group once and the other says 1."""
+    why = "transformers/tokens.py says 1, as Accelerator.num_processes counts a TP group once"
+    text = "self.accelerator.num_processes // self.get_tp_size()"
+    source = inspect.getsource(trl.trainer.sft_trainer)
+    assert_source_has(trl.trainer.sft_trainer.SFTTrainer.compute_loss, text, why)
+    assert source.count("num_processes") == 1, "trl/trainers.py lets SFT train, which counts processes elsewhere too"
+    for kind in ("dpo_trainer", "reward_trainer"):
+        source = inspect.getsource(importlib.import_module(f"trl.trainer.{kind}"))
+        assert "num_processes" not in source, f"trl/trainers.py lets {kind} train, which did not count processes"

@@ -1,7 +1,7 @@
-"""``prepare()`` under our slot: one device mesh a process, and schedules planned in steps of the data-parallel ranks.
+"""``prepare()`` under our slot: one device mesh a process.
 
 Accelerate makes a new TP mesh, process groups included, in every ``prepare()``; HF Trainer prepares a data loader for
-every evaluation. It also divides ``DummyScheduler.total_num_steps`` by the number of processes.
+every evaluation.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from typing import Any
 
 import torch.distributed.device_mesh
 from accelerate import Accelerator
-from accelerate.utils import DummyScheduler
 
 from tp_plugin.integrations.accelerate.degree import tp_size
 from tp_plugin.integrations.contract import Patches, contract
 
 
 def check_contracts() -> None:
-    contract(Accelerator, "_prepare_deepspeed", None, "it makes a TP mesh every time, and plans schedules")
+    contract(Accelerator, "_prepare_deepspeed", None, "it makes a TP mesh every time")
     contract(Accelerator, "_prepare_device_mesh", [], "data loaders give the ranks of this mesh one batch")
     contract(torch.distributed.device_mesh, "init_device_mesh", ["device_type", "mesh_shape"], "to reuse the TP mesh")
-    contract(DummyScheduler, "__init__", ["optimizer", "total_num_steps"], "its steps are divided by the processes")
 
 
 def install(patches: Patches) -> None:
@@ -36,7 +34,7 @@ def _prepare_deepspeed_method(original: Callable[..., Any]) -> Callable[..., Any
         degree = tp_size()
         if degree == 1:
             return original(self, *args)
-        with _reused(getattr(self.state, "ds_device_mesh", None), degree), _planned(args, degree, self.split_batches):
+        with _reused(getattr(self.state, "ds_device_mesh", None), degree):
             return original(self, *args)
 
     return _prepare_deepspeed
@@ -62,17 +60,3 @@ def _reused(mesh: Any, degree: int) -> Iterator[None]:
         yield
     finally:
         module.init_device_mesh = original
-
-
-@contextlib.contextmanager
-def _planned(args: tuple[Any, ...], degree: int, split_batches: bool) -> Iterator[None]:
-    """The step counts of dummy schedulers, times the ranks that read one batch while accelerate divides by all."""
-    planned = [item for item in args if isinstance(item, DummyScheduler) and item.total_num_steps and not split_batches]
-    before = [item.total_num_steps for item in planned]
-    for item in planned:
-        item.total_num_steps *= degree
-    try:
-        yield
-    finally:
-        for item, steps in zip(planned, before, strict=True):
-            item.total_num_steps = steps
