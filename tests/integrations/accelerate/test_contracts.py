@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, operations
+from accelerate.utils import DistributedType, memory, operations
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, refuse
@@ -38,6 +38,7 @@ def test_every_name_is_where_we_expect_it(part):
         (cpu, PartialState, "_prepare_backend"),
         (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
         (export, Accelerator, "get_state_dict"),
+        (refuse, memory, "should_reduce_batch_size"),
         (mesh, Accelerator, "_prepare_deepspeed"),
         (mesh, Accelerator, "_prepare_device_mesh"),
     ],
@@ -162,3 +163,8 @@ def test_a_parallelism_config_is_read_from_the_environment():
     why = "accelerate/refuse.py refuses it beside DeepSpeed"
     assert_source_has(Accelerator.__init__, "ACCELERATE_USE_PARALLELISM_CONFIG", why)
     assert_source_has(accelerate.parallelism_config.ParallelismConfig, "PARALLELISM_CONFIG_TP_SIZE", why)
+
+
+def test_a_batch_size_is_found_by_asking_what_we_replace():
+    why = "accelerate/refuse.py refuses to try again on one rank"
+    assert_source_has(memory.find_executable_batch_size, "if should_reduce_batch_size(e):", why)

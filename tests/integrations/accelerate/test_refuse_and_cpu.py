@@ -4,11 +4,13 @@ import json
 
 import pytest
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, find_executable_batch_size
 
 import tp_plugin
 import tp_plugin.integrations.accelerate as integration
 from tests.support.ranks import errors_on_ranks, on_ranks
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.integrations.accelerate import refuse
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -61,6 +63,30 @@ def test_dropping_deepspeed_is_refused():
     for error in errors_on_ranks(2, make, plugin=CONFIG, cpu=True):
         assert "autotp_size is 2 but accelerate has dropped DeepSpeed for MULTI_CPU" in error
         assert "remove cpu=True" in error
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_rank_that_is_out_of_memory_tries_again_only_where_nobody_waits_for_it(monkeypatch, degree):
+    """The function was imported by name, and before our patches."""
+    tried = []
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch_size):
+        tried.append(batch_size)
+        if batch_size > 6:
+            raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(refuse, "tp_size", lambda: degree)
+    integration.install()
+    try:
+        if degree == 1:
+            train()
+        else:
+            with pytest.raises(TensorParallelError, match="give a batch size that fits"):
+                train()
+    finally:
+        integration.uninstall()
+    assert tried == ([8, 7, 6] if degree == 1 else [8])
 
 
 def trainer_arguments(**how):

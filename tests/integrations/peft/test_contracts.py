@@ -18,9 +18,9 @@ from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tests.support.models import make
 from tests.support.ranks import ROOT
 from tp_plugin.integrations.contract import out_of_range
-from tp_plugin.integrations.peft import late, library, load, save
+from tp_plugin.integrations.peft import counts, late, library, load, save
 
-PARTS = (late, library, load, save)
+PARTS = (counts, late, library, load, save)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__.split(".")[-1])
@@ -31,6 +31,7 @@ def test_every_name_is_where_we_expect_it(part):
 @pytest.mark.parametrize(
     ("part", "owner", "name"),
     [
+        (counts, PeftModel, "get_nb_trainable_parameters"),
         (late, BaseTuner, "inject_adapter"),
         (late, PeftModel, "_setup_prompt_encoder"),
         (library, PeftModel, "get_base_model"),
@@ -127,3 +128,8 @@ def test_variants_of_lora_say_so_in_their_config():
     variants = {f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")}
     known = {"use_dora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config", "kasa_config"}
     assert variants == known | {"monteclora_config"}, "peft/allowed.py refuses each of these"
+
+
+def test_trainable_parameters_are_printed_from_what_we_replace():
+    why = "peft/counts.py answers with the numbers of the whole model"
+    assert_source_has(PeftModel.print_trainable_parameters, "= self.get_nb_trainable_parameters()", why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -247,6 +248,12 @@ def state_dicts() -> None:
             assert all(torch.equal(ours[key], given[key]) for key in ours)
 
 
+def _printed(model: torch.nn.Module) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        model.print_trainable_parameters()
+    return said.getvalue()
+
+
 def counts() -> None:
     """Numbers of parameters are the whole model's, adapted before sharding and after it, merged, and under ZeRO-3."""
     truth = adapt(make("Llama", heads=(6, 3)), "several")
@@ -256,6 +263,10 @@ def counts() -> None:
     parted = trained(adapt(make("Llama", heads=(6, 3)), "several"), 3).module
     for model in (early, late, parted):
         assert [whole_count(model, trainable=trainable) for trainable in (True, False)] == sizes
+        assert model.get_nb_trainable_parameters() == truth.get_nb_trainable_parameters() == tuple(sizes)
+        assert _printed(model) == _printed(truth)
+    status = [peft.get_model_status(model) for model in (truth, early, late)]
+    assert len({(one.trainable_params, one.total_params) for one in status}) == 1
     merged = late.merge_and_unload()
     assert whole_count(merged) == merged.num_parameters() == make("Llama", heads=(6, 3)).num_parameters()
 

@@ -1,4 +1,7 @@
-"""Set-ups of ``Accelerator`` that would train replicated or wrongly, refused on every rank before training."""
+"""Set-ups of ``Accelerator`` that would train replicated or wrongly, refused on every rank before training.
+
+And one refused when it comes to it: ``find_executable_batch_size`` on a rank that has run out of memory, by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, memory
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.accelerate.degree import degree_in, tp_size_of_launch, uses_deepspeed
+from tp_plugin.integrations.accelerate.degree import degree_in, tp_size, tp_size_of_launch, uses_deepspeed
 from tp_plugin.integrations.contract import Patches, contract
 
 
@@ -24,10 +27,13 @@ def check_contracts() -> None:
             raise TensorParallelError(
                 f"accelerate.Accelerator has lost its argument {name!r}; tp_plugin needs it: {why}."
             )
+    why = "find_executable_batch_size is refused there"
+    contract(memory, "should_reduce_batch_size", ["exception"], why)
 
 
 def install(patches: Patches) -> None:
     patches.replace(Accelerator, "__init__", _init_method)
+    patches.replace(memory, "should_reduce_batch_size", _should_reduce_batch_size_function)
 
 
 def _init_method(original: Callable[..., None]) -> Callable[..., None]:
@@ -67,3 +73,19 @@ def refuse_parallelism_config(given: Any) -> None:
 def _degree_wanted(plugins: Any) -> int:
     found = plugins.values() if isinstance(plugins, dict) else [plugins] if plugins else []
     return max([tp_size_of_launch(), *(degree_in(plugin.deepspeed_config) for plugin in found)])
+
+
+def _should_reduce_batch_size_function(original: Callable[[Exception], bool]) -> Callable[[Exception], bool]:
+    """``find_executable_batch_size`` itself is imported by name, often before us; this it asks about every failure."""
+
+    @functools.wraps(original)
+    def should_reduce_batch_size(exception: Exception) -> bool:
+        again = original(exception)
+        if again and tp_size() > 1:
+            raise TensorParallelError(
+                "find_executable_batch_size would have this rank, out of memory, try again by itself, while the others "
+                "of its tensor-parallel group wait for it; give a batch size that fits."
+            ) from exception
+        return again
+
+    return should_reduce_batch_size

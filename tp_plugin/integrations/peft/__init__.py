@@ -20,10 +20,11 @@ def install() -> None:
     """
     if importlib.util.find_spec("peft") is None or _PATCHES:
         return
-    from tp_plugin.integrations.peft import late, library, load, save
+    from tp_plugin.integrations.peft import counts, late, library, load, save
     from tp_plugin.sharding import adapters
 
     check_contracts()
+    counts.install(_PATCHES)
     late.install(_PATCHES)
     load.install(_PATCHES)
     save.install(_PATCHES)
@@ -37,9 +38,9 @@ def uninstall() -> None:
 
 def check_contracts() -> None:
     """Every name of PEFT this package touches, checked. Raises TensorParallelError naming what moved."""
-    from tp_plugin.integrations.peft import late, library, load, save
+    from tp_plugin.integrations.peft import counts, late, library, load, save
 
-    for part in (library, late, load, save):
+    for part in (counts, library, late, load, save):
         part.check_contracts()
 
 
