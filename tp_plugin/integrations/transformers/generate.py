@@ -36,7 +36,9 @@ LATE_S = 60.0
 
 _OF_TOKENS = (MaxLengthCriteria, EosTokenCriteria, StopStringCriteria)
 
-_MESH: contextvars.ContextVar[ParallelMesh | None] = contextvars.ContextVar("mesh of the model that writes", default=None)
+_MESH: contextvars.ContextVar[ParallelMesh | None] = contextvars.ContextVar(
+    "mesh of the model that writes", default=None
+)
 
 
 def check_contracts() -> None:
@@ -89,7 +91,7 @@ def _get_stopping_criteria_method(original: Callable[..., StoppingCriteriaList])
 
 
 class _OfFirstRank(StoppingCriteria):
-    """A criterion that may come out differently on each rank: all ask it, and the TP group takes its rank 0's answer."""
+    """A criterion that may come out differently on each rank: all ask it, the TP group takes its rank 0's answer."""
 
     def __init__(self, criterion: Callable[..., Any], mesh: ParallelMesh) -> None:
         self.criterion, self.mesh = criterion, mesh

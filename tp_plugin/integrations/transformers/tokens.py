@@ -1,8 +1,8 @@
 """Trainer's TP degree is that of what it counts: 1, as accelerate counts a TP group once under our slot.
 
 Trainer divides by ``get_tp_size()`` what ``Accelerator.gather`` and ``num_processes`` used to repeat for every TP rank:
-``num_items_in_batch``, by which the loss is divided, and the factor that data parallelism averages away again. Nothing is
-repeated here; and the token count of one rank, without ``average_tokens_across_devices``, never was. Only
+``num_items_in_batch``, by which the loss is divided, and the factor that data parallelism averages away again. Nothing
+is repeated here; and the token count of one rank, without ``average_tokens_across_devices``, never was. Only
 ``get_total_train_batch_size`` divides the world by it.
 """
 
