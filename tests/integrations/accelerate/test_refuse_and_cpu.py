@@ -35,7 +35,7 @@ def make(**how):
     if "plugin" in how:
         how["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=how.pop("plugin"))
     accelerator = Accelerator(**how)
-    return accelerator.distributed_type, accelerator.num_processes, accelerator.device.type
+    return accelerator.distributed_type, accelerator.state.num_processes, accelerator.device.type
 
 
 def test_deepspeed_on_cpu_knows_its_processes(launched):
