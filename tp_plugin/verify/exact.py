@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,13 +59,33 @@ def widened(models: Iterable[nn.Module], dtype: torch.dtype = torch.float32) -> 
             action()
 
 
-class _Cast(dict):
-    """A module's parameters, cast when they are read; iterating gives what they are."""
+class _Cast(Mapping[str, Any]):
+    """A module's parameters, cast when they are read; iterating gives what they are.
+
+    No ``dict``, which ZeRO-3's hooks would replace by one of theirs; what they note on it they find again.
+    """
 
     def __init__(self, own: dict[str, Any], dtype: torch.dtype) -> None:
-        super().__init__({name: dict.__getitem__(own, name) for name in own})
         self._own, self._dtype = own, dtype
         self._kept: dict[str, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def items(self) -> Any:
+        return self._own.items()
+
+    def values(self) -> Any:
+        return self._own.values()
 
     def __getitem__(self, name: str) -> Any:
         if self._kept is not None and name in self._kept:
