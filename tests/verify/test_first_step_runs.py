@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import weakref
 
 import pytest
 import torch
@@ -105,6 +106,59 @@ def test_a_loss_that_one_rank_cannot_compute_again_hangs_nobody(stage, how):
     warning = "could not be computed again without tensor parallelism (ValueError: not that batch [on rank 1])"
     assert (warning in said) == (how != "cut")
     assert warning not in unsaid
+
+
+def keeps_nothing():
+    """Whether activations are alive behind the forward of each run, where training would keep them."""
+    engine = engine_of("Llama", 1)
+    alive = []
+
+    def loss(model, inputs):
+        seen = []
+        act = model.model.layers[0].mlp.act_fn
+        handle = act.register_forward_hook(lambda _m, _a, output: seen.append(weakref.ref(output)))
+        found = model(**inputs).loss
+        handle.remove()
+        alive.append(seen[0]() is not None)
+        return found
+
+    guard_of(engine).examine(loss, batch(0, 2))
+    loss(engine.module.train(), batch(0, 2))
+    return alive
+
+
+def test_nothing_is_kept_for_a_backward():
+    for *alive, trained in on_ranks(2, keeps_nothing):
+        assert alive == [False, False]
+        assert trained
+
+
+class Opaque:
+    """An input that is no tensor, as a cache or a block mask."""
+
+
+def unchecked(how):
+    engine = engine_of("Llama", 1)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        if how == "opaque":
+            steps(engine, 2, use_cache=Opaque())
+        else:
+
+            def loss(model, inputs):
+                model(**inputs)
+                raise torch.OutOfMemoryError("too little memory")
+
+            guard_of(engine).examine(loss, batch(0, 2))
+            steps(engine, 1)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("how", ["opaque", "memory"])
+def test_what_is_not_checked_is_said_once(how):
+    first, second = on_ranks(2, unchecked, how)
+    assert first.count("its loss was not checked") == 1
+    assert ("too little memory" in first) == (how == "memory")
+    assert "not checked" not in second
 
 
 def under_autocast(dtype):
