@@ -15,7 +15,7 @@ from tests.support.models import batch, make
 from tests.support.ranks import on_ranks
 from tests.support.train import loss_of, micro_batches
 from tests.verify.test_first_step import compared, engine_of, steps
-from tp_plugin.verify import cut, differences, first_step
+from tp_plugin.verify import cut, differences, exact, first_step
 from tp_plugin.verify.first_step import guard_of
 
 PREFETCHING = {
@@ -190,3 +190,32 @@ def test_half_precision_is_compared_in_single_precision(dtype):
         assert found["logits"] < 1e-5
         assert found["loss"] < 1e-5
         assert 1e-4 < found["coarse logits"] < 5e-2
+
+
+@pytest.fixture
+def settings():
+    places = (*exact.PRODUCTS, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    yield lambda: [place.fp32_precision for place in places]
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
+@pytest.mark.parametrize("how", ["transformers", "torch"])
+def test_products_of_float32_are_exact_meanwhile(settings, how):
+    """However tf32 was asked for; the two interfaces of PyTorch must not be mixed."""
+    model = torch.nn.Linear(1, 1)
+    assert not exact.rounds(model)
+    if how == "torch":
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.backends.fp32_precision = "tf32"
+    asked = settings()
+    assert exact.rounds(model)
+    with exact.exactly([model]):
+        assert not exact.rounds(model)
+        assert not {"tf32", "bf16"} & set(settings())
+    assert settings() == asked
+    if how == "torch":
+        assert torch.get_float32_matmul_precision() == "high"
+        torch.set_float32_matmul_precision("highest")

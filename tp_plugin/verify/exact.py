@@ -14,13 +14,18 @@ ASIDE: list[Callable[[nn.Module], contextlib.AbstractContextManager]] = []
 """What integrations put aside of a model in an exact run, such as kernels that take half precision only."""
 
 
+_CPU, _CONVOLUTIONS = torch.backends.mkldnn.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+PRODUCTS: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, _CPU)
+"""Where PyTorch is told how exact products of float32 are, from the general to the particular."""
+
+
 def rounds(model: nn.Module) -> bool:
     """Whether training computes with less than single precision."""
     param = next(model.parameters())
     return (
         param.dtype in (torch.bfloat16, torch.float16)
         or torch.is_autocast_enabled(param.device.type)
-        or torch.get_float32_matmul_precision() != "highest"
+        or any(place.fp32_precision in ("tf32", "bf16") for place in PRODUCTS)
     )
 
 
@@ -28,11 +33,13 @@ def rounds(model: nn.Module) -> bool:
 def exactly(models: Iterable[nn.Module]) -> Iterator[None]:
     """In single precision, whatever autocast and the settings for float32 say."""
     models = list(models)
-    device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
+    device = next(models[0].parameters()).device
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        torch.set_float32_matmul_precision("highest")
+        for place in (*PRODUCTS, _CONVOLUTIONS):  # a place that was told nothing follows the general one
+            if place.fp32_precision not in ("none", "ieee"):
+                stack.callback(setattr, place, "fp32_precision", place.fp32_precision)
+                place.fp32_precision = "ieee"
         for model in models:
             for aside in ASIDE:
                 stack.enter_context(aside(model))
