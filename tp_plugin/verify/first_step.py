@@ -84,7 +84,7 @@ class StepGuard:
                 self.examine(lambda m, batch: m(*batch["args"], **batch["kwargs"]), {"args": args, "kwargs": kwargs})
             elif training:
                 self.due[True] = False
-                self._say_unchecked("inputs that are no tensors, such as a cache, would be spoilt", self.mesh.tp_group)
+                self._say_unchecked("inputs that are no tensors, such as a cache, would be spoilt", None)
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def examine(
@@ -153,11 +153,10 @@ class StepGuard:
             ours, plain = (wide, plain) if wide is not None else (trained, None)
         exact = plain is not None
         if plain is None:
-            reason = failure
-            plain, failure = tried(piece, sharded=False, exact=False)
-            coarsely = rounded and plain is not None
-            self._say_unchecked(reason or failure, group, "was checked coarsely" if coarsely else "was not checked")
-            if plain is None or not rounded:
+            if rounded:
+                plain, _ = tried(piece, sharded=False, exact=False)
+            self._say_unchecked(failure, group, "was not checked" if plain is None else "was checked coarsely")
+            if plain is None:
                 return None
         found = difference(ours, plain, coarse=not exact)
         if exact and rounded:
