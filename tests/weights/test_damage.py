@@ -28,7 +28,7 @@ from tp_plugin.weights.manifest import FILE
 CASES = (
     "truncated", "missing", "flipped", "manifest_flipped", "manifest_truncated", "manifest_missing", "not_there",
     "newer_format", "deepspeeds_own", "other_architecture", "other_vocabulary", "other_optimizer", "other_groups",
-    "without_optimizer", "unwritable_client_state", "different_tags", "disk_full", "no_directory", "local_storage",
+    "adam_into_adamw", "adamw_into_radam", "adamw_into_nadam", "without_optimizer", "unwritable_client_state", "different_tags", "disk_full", "no_directory", "local_storage",
     "frozen_left_out", "block_quantised", "latest_unreadable",
 )  # fmt: skip
 GOOD = ("between_steps", "falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models")
@@ -168,6 +168,26 @@ def other_optimizer():
 
 def other_groups():
     spoilt(lambda path: None, make_engine=lambda: with_optimizer(lambda m: torch.optim.AdamW(m.parameters(), 0.1)))
+
+
+def into(target, source=torch.optim.AdamW) -> None:
+    spoilt(
+        lambda path: None,
+        make_engine=lambda: with_optimizer(lambda m: target(m.parameters(), 0.1)),
+        saved=lambda: with_optimizer(lambda m: source(m.parameters(), 0.1)),
+    )
+
+
+def adam_into_adamw():
+    into(torch.optim.AdamW, torch.optim.Adam)
+
+
+def adamw_into_radam():
+    into(torch.optim.RAdam)
+
+
+def adamw_into_nadam():
+    into(torch.optim.NAdam)
 
 
 def without_optimizer():
@@ -400,6 +420,9 @@ SAID = {
     "other_architecture": "is of another model (LlamaForCausalLM; this is Qwen3ForCausalLM)",
     "other_vocabulary": "'model.embed_tokens.weight' has shape [131, 32] in it and [137, 32] here (the vocabulary",
     "other_optimizer": "holds the state of AdamW and this engine's optimizer is SGD",
+    "adam_into_adamw": "holds the state of Adam and this engine's optimizer is AdamW; use the same, or load with",
+    "adamw_into_radam": "holds the state of AdamW and this engine's optimizer is RAdam",
+    "adamw_into_nadam": "holds the state of AdamW and this engine's optimizer is NAdam",
     "other_groups": "has 2 parameter groups and this optimizer 1, or other parameters in them",
     "without_optimizer": "was saved without an optimizer; load it with load_optimizer_states=False",
     "unwritable_client_state": "client_state.where.sampler holds a object, and a checkpoint holds tensors, numbers",

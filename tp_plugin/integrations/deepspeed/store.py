@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.integrations.deepspeed import held
+from tp_plugin.integrations.deepspeed import alike, held
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
@@ -195,7 +195,7 @@ def _optimizer(engine: Any, flats: list[held.Flat], tensors: dict[str, torch.Ten
             }
         )
     return {
-        "class": type(base).__name__,
+        **alike.described(base),
         "elementwise": sorted({key for flat in flats for key in flat.elementwise()}),
         "stateless": [name for flat in flats if not flat.state for name in flat.names],
         "groups": described,
