@@ -17,7 +17,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.gather import mesh_of, unwrapped
 from tp_plugin.weights.manifest import WEIGHT, Manifest, decode
-from tp_plugin.weights.randomness import part_ways, set_generators
+from tp_plugin.weights.randomness import forget, part_ways, remember, set_generators
 
 HOW_IT_COMPUTES = ("foreach", "fused", "capturable", "differentiable")
 """Options of a parameter group that say how and not what: this engine's own are kept."""
@@ -117,7 +117,11 @@ class _Loading:
                 "load_optimizer_states=False."
             )
         groups = list(held.group_names(self.engine, self.flats))
-        if [set(names) for _, names in groups] != [set(group["names"]) for group in saved["groups"]]:
+        ours = {name for _, names in groups for name in names}
+        ours |= {name for name, tensor in self.params.items() if tensor.requires_grad}
+        # stage 0 used to list frozen parameters as well
+        theirs = [{name for name in group["names"] if name in ours} for group in saved["groups"]]
+        if [set(names) for _, names in groups] != theirs:
             raise TensorParallelError(
                 f"the checkpoint {where!r} has {len(saved['groups'])} parameter groups and this optimizer "
                 f"{len(groups)}, or other parameters in them; make the optimizer as it was made before, or load with "
@@ -221,6 +225,11 @@ class _Loading:
                 set_generators(lambda key, index=index: self.fragments.extra(key, index))
         if self.mesh.dp_rank >= self.manifest.dp:
             part_ways(self.mesh.dp_rank)
+        model = unwrapped(self.engine.module)
+        if same:
+            forget(model)
+        else:
+            remember(model, self.directory)
 
     def counters(self) -> None:
         """Steps, samples and the loss scale."""
