@@ -26,13 +26,15 @@ def trainer_of(engine: Any) -> Any:
     return SimpleNamespace(args=args, model=engine.module)
 
 
-def save(folder: str) -> float:
-    """By tp 2 x dp 2, in Trainer's order; what each rank draws next."""
+def save(folder: str) -> tuple[float, list[float]]:
+    """By tp 2 x dp 2, in Trainer's order; what each rank draws next, and after it was loaded on the same shape."""
     engine = resume.engine_of(2, 1)
     torch.manual_seed(7 + dist.get_rank() // 2)
     engine.save_checkpoint(folder)
     Trainer._save_rng_state(trainer_of(engine), folder)
-    return torch.rand(()).item()
+    drawn = torch.rand(()).item()
+    dist.barrier()
+    return drawn, load(folder, 2)
 
 
 def load(folder: str, tp: int) -> list[float]:
@@ -48,12 +50,12 @@ def load(folder: str, tp: int) -> list[float]:
 
 
 @functools.cache
-def saved() -> list[float]:
+def saved() -> list[tuple[float, list[float]]]:
     return on_ranks(4, save, ROOT.name)
 
 
 def test_each_data_parallel_rank_draws_its_own():
-    one, twin, other, other_twin = saved()
+    one, twin, other, other_twin = (drawn for drawn, _ in saved())
     assert one == twin != other == other_twin
     first, second, third, fourth = on_ranks(4, load, ROOT.name, 1)
     assert [first, second] == [[one] * 2, [other] * 2]
@@ -62,8 +64,7 @@ def test_each_data_parallel_rank_draws_its_own():
 
 
 def test_the_same_shape_keeps_trainers_files():
-    one, _, other, _ = saved()
-    assert on_ranks(4, load, ROOT.name, 2) == [[one] * 2] * 2 + [[other] * 2] * 2
+    assert all(loaded == [drawn] * 2 for drawn, loaded in saved())
 
 
 def test_only_of_the_checkpoint_that_was_loaded():

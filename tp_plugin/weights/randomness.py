@@ -71,7 +71,7 @@ def forget(model: torch.nn.Module) -> None:
 
 
 def restore_again(model: torch.nn.Module, folder: Path | None = None) -> None:
-    """Put the generators into the states that were remembered, if that was of a checkpoint in ``folder`` (None: any)."""
+    """Put the generators into the states that were remembered, if of a checkpoint in ``folder`` (None: any)."""
     directory, states = _RESTORED.get(model, (None, {}))
     if directory is not None and (folder is None or directory.parent.resolve() == folder.resolve()):
         set_generators(states.get)
