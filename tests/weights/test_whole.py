@@ -147,6 +147,9 @@ def test_finetune_resumes_the_newest_whole_one_or_begins(tmp_path, capsys):
     assert "training begins anew" in capsys.readouterr().out
     whole = trainer(tmp_path, 2)
     trainer(tmp_path, 4, complete=False)
+    os.truncate(trainer(tmp_path, 6).parent / "rng_state_1.pth", 700)
+    checkpoint(tmp_path / "checkpoint-8" / "global_step8", 8)  # of a loop that was not Trainer's
+    checkpoint(tmp_path / "global_step9", 9)
     assert finetune._resumed(Recipe(tmp_path), LATEST_GOOD) == str(whole.parent)
     assert finetune._resumed(Recipe(tmp_path), "checkpoint-7") == "checkpoint-7"
     assert finetune._resumed(Recipe(tmp_path), None) is None

@@ -70,9 +70,7 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with _agreed(
-        f"{str(target)!r} is written, but whether its name outlives a failure of the machine is unsure", group
-    ):
+    with _agreed(f"{str(target)!r} is whole and in its place, but the disk does not confirm it", group):
         if first:
             sync(target.parent)
             _remove_left(target)

@@ -63,12 +63,12 @@ def examine_together(directory: Path) -> str | None:
     return next((sentence for sentence in found if sentence), None)
 
 
-def candidates(folder: Path) -> list[Path]:
+def candidates(folder: Path, *, for_trainer: bool = False) -> list[Path]:
     """Checkpoints in ``folder``, in the numbered folders in it, or beside it if it is one of those; newest first.
 
     By their step, then by the time they were written. Numbered are HF Trainer's ``checkpoint-N`` and Accelerate's
     ``checkpoints/checkpoint_N``. One that Trainer wrote counts where Trainer's own files are whole too
-    (:func:`trainers_damage`), unless it is the one that was asked for.
+    (:func:`trainers_damage`), unless it is the one that was asked for. ``for_trainer`` asks for those alone.
     """
     found = {}
     for one in _searched(folder):
@@ -77,7 +77,8 @@ def candidates(folder: Path) -> list[Path]:
                 continue
             try:
                 step = Manifest.load(path.parent).step
-                if one == folder or trainers_damage(one, step) is None:
+                trained = for_trainer or one != folder
+                if not (trained and trainers_damage(one, step, needed=for_trainer)):
                     found[path.parent] = step, path.stat().st_mtime
             except (TensorParallelError, OSError):
                 continue
@@ -94,14 +95,14 @@ def _searched(folder: Path) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def trainers_damage(folder: Path, step: int) -> str | None:
+def trainers_damage(folder: Path, step: int, *, needed: bool = False) -> str | None:
     """What is wrong with the files that HF Trainer wrote beside a checkpoint of ``step``, in one sentence, or None.
 
-    Trainer writes its state last, so one without it was not completed. ``torch.save`` makes zip archives, which have
-    sums of their own: nothing is unpickled.
+    Nothing is where Trainer wrote none, unless they are ``needed``. Trainer writes its state last, so a folder without
+    it was not completed. ``torch.save`` makes zip archives, which have sums of their own: nothing is unpickled.
     """
     saved = [path for pattern in _TRAINERS for path in sorted(folder.glob(pattern))]
-    if not saved and not (folder / _TRAINER_STATE).is_file():
+    if not needed and not saved and not (folder / _TRAINER_STATE).is_file():
         return None
     try:
         state = json.loads((folder / _TRAINER_STATE).read_bytes())
@@ -119,7 +120,7 @@ def trainers_damage(folder: Path, step: int) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, *, for_trainer: bool = False) -> Path | None:
     """The newest checkpoint of :func:`candidates` that is whole; the same on all ranks. A collective call."""
     paths: list[list[Path]] = [[]]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -127,7 +128,7 @@ def newest_whole(folder: Path) -> Path | None:
             with contextlib.suppress(OSError):  # a folder that is read-only
                 bring_all_back(one)
         with contextlib.suppress(OSError):  # a folder that cannot be read offers none
-            paths = [candidates(folder)]
+            paths = [candidates(folder, for_trainer=for_trainer)]
     if dist.is_initialized():
         dist.broadcast_object_list(paths)
     return next((path for path in paths[0] if examine_together(path) is None), None)

@@ -15,14 +15,16 @@ import torch
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "apex", "transformers")
 """Whose classes of one name differ; a class of one's own may move from module to module."""
 
-# (library, class) -> its own names of the states that have another name, or no use, in the family
-_ADAM: dict[tuple[str, str], dict[str, str | None]] = {
+Family = dict[tuple[str, str], dict[str, str | None]]
+"""(library, class) -> its own names of the states that have another name, or no use, in the family."""
+
+_ADAM: Family = {
     ("torch", "Adam"): {},
     ("torch", "AdamW"): {},
     ("deepspeed", "FusedAdam"): {},
     ("deepspeed", "DeepSpeedCPUAdam"): {},
 }
-_FAMILIES = (
+_FAMILIES: tuple[Family, ...] = (
     _ADAM,
     {("deepspeed", "FusedLion"): {}, ("deepspeed", "DeepSpeedCPULion"): {"exp_avg_sq": None}},  # made, never used
     {("torch", "Adagrad"): {}, ("deepspeed", "DeepSpeedCPUAdagrad"): {"exp_avg_sq": "sum"}},
@@ -92,13 +94,11 @@ def _keys(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(library, found["class"]) for library in libraries]
 
 
-def _family(found: Mapping[str, Any]) -> Mapping[tuple[str, str], dict[str, str | None]] | None:
+def _family(found: Mapping[str, Any]) -> Family | None:
     return next((family for family in _FAMILIES if any(key in family for key in _keys(found))), None)
 
 
-def _own_names(
-    family: Mapping[tuple[str, str], dict[str, str | None]], found: Mapping[str, Any]
-) -> dict[str, str | None]:
+def _own_names(family: Family, found: Mapping[str, Any]) -> dict[str, str | None]:
     return next(family[key] for key in _keys(found) if key in family)
 
 
