@@ -186,7 +186,7 @@ def _resumed(recipe: Recipe, resume: str | None) -> str | None:
     """The directory to resume from; None to begin. A collective call."""
     if resume != LATEST_GOOD:
         return resume
-    newest = newest_whole(Path(recipe.output_dir))
+    newest = newest_whole(Path(recipe.output_dir), for_trainer=True)
     if newest is None:
         _say(f"no whole checkpoint in {recipe.output_dir}: training begins anew")
         return None
