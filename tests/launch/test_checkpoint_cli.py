@@ -29,7 +29,7 @@ CASES = {
     "fused experts": (2, {"family": "GptOss", "heads": (4, 2), "tied": False}),
     "packed": (2, {"family": "phi3"}),
     "buffers": (1, {"family": "bart"}),
-    "an infinite number in the config": (1, {"family": "Mamba2", "tied": False} | MAMBA2),
+    "an infinite number in the config": (1, {"family": "Mamba2", "heads": (4, 2), "tied": False} | MAMBA2),
 }
 
 

@@ -71,9 +71,7 @@ class Capped(torch.optim.AdamW):
         held = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             ratios = [
-                p.grad.square() / self.state[p]["exp_avg_sq"].clamp(min=1e-12)
-                for p in group["params"]
-                if self.state[p]
+                p.grad.square() / self.state[p]["exp_avg_sq"].clamp(min=1e-12) for p in group["params"] if self.state[p]
             ]
             group["lr"] /= max([1.0, *(float(ratio.mean().sqrt()) for ratio in ratios)])
         super().step()

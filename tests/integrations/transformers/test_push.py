@@ -93,7 +93,7 @@ def of_adapters() -> tuple[int, list[str], list[str]]:
 def test_adapters_are_pushed_with_their_config_and_nothing_else():
     (uploads, files, tags), (others, *_) = values(launched(2, __name__, CASES), "of_adapters")
     assert (uploads, others) == (1, 0)
-    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
     assert tags == ["sharded", "mine"]
 
 

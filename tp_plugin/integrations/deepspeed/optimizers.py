@@ -18,7 +18,20 @@ from tp_plugin.errors import TensorParallelError
 
 NOT_ELEMENTWISE = (
     *("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac", "lomo", "adammini", "sm3"),
-    *("prodigy", "dadapt", "dion", "came", "lorafa", "stableadam", "novograd", "adamp", "sgdp", "lbfgs", "psgd", "kron"),
+    *(
+        "prodigy",
+        "dadapt",
+        "dion",
+        "came",
+        "lorafa",
+        "stableadam",
+        "novograd",
+        "adamp",
+        "sgdp",
+        "lbfgs",
+        "psgd",
+        "kron",
+    ),
 )
 """Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
@@ -106,9 +119,7 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
     return True
 
 
-def _moved(
-    optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: list[torch.Tensor]
-) -> list[torch.Tensor]:
+def _moved(optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """What a new optimizer makes of ``start``, a tensor for each of its groups."""
     parameters = [torch.nn.Parameter(start.clone()) for _ in optimizer.param_groups]
     groups = [

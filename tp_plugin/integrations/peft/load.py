@@ -89,7 +89,9 @@ def _from_pretrained_method(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def from_pretrained(cls: type[PeftModel], model: nn.Module, model_id: Any, *args: Any, **options: Any) -> Any:
         if state_of(model) is not None:
-            agree(_unsupported(signature.bind(cls, model, model_id, *args, **options)) or _unreadable(model_id, options))
+            agree(
+                _unsupported(signature.bind(cls, model, model_id, *args, **options)) or _unreadable(model_id, options)
+            )
         return original.__func__(cls, model, model_id, *args, **options)
 
     return classmethod(from_pretrained)
