@@ -90,12 +90,12 @@ def a_host_of_gpus(local_rank: int, *, count: int = 4, current: int = 0, backend
     chosen: list[int] = []
     with (
         mock.patch.dict("os.environ", LOCAL_RANK=str(local_rank)),
-        mock.patch("torch.cuda.is_available", lambda: count > 0),
-        mock.patch("torch.cuda.device_count", lambda: count),
-        mock.patch("torch.cuda.current_device", lambda: chosen[-1] if chosen else current),
+        mock.patch("torch.cuda.is_available", return_value=count > 0),
+        mock.patch("torch.cuda.device_count", return_value=count),
+        mock.patch("torch.cuda.current_device", side_effect=lambda: chosen[-1] if chosen else current),
         mock.patch("torch.cuda.set_device", chosen.append),
-        mock.patch("tp_plugin.mesh.dist.get_backend", lambda *_: backend),
-        mock.patch("tp_plugin.mesh.bound_device", lambda: bound),
+        mock.patch("tp_plugin.mesh.dist.get_backend", return_value=backend),
+        mock.patch("tp_plugin.mesh.bound_device", return_value=bound),
     ):
         yield chosen
 

@@ -273,7 +273,7 @@ def gathering_fails():
         engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
         packed, rows = [], ShardLayout.local_rows
 
-        def run_out(layout, *args, packed=packed):
+        def run_out(layout, *args, packed=packed, rows=rows):
             packed.append(layout)
             if len(packed) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")

@@ -161,7 +161,7 @@ def stream(
 
 
 def _anywhere(failed: bool, flag: torch.Tensor, mesh: ParallelMesh) -> bool:
-    """Whether a rank of the TP group has failed: one number a bucket, so that nobody waits for shards that never come."""
+    """Whether a rank of the TP group has failed: one number a bucket, so that nobody waits for its shards."""
     if mesh.tp_group is None:
         return failed
     flag.fill_(int(failed))

@@ -335,7 +335,8 @@ def options_of_peft() -> None:
         assert held == {name: (id(param), vars(param).keys()) for name, param in model.named_parameters()}
         tp_plugin.save_pretrained(model, folder / "again")
         again = load_file(folder / "again" / "adapter_model.safetensors")
-        assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
+        assert again.keys() == wanted.keys()
+        assert all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
 # ---- several adapters, dropout, collectives --------------------------------------------------------------------------

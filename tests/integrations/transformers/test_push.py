@@ -22,7 +22,6 @@ from tests.support.models import batch, make
 from tests.support.trainings import DATA, config_of, model_of, padded
 from tp_plugin.config import TensorParallelConfig
 
-
 CASES = ("of_a_model", "of_adapters", "of_a_trainer")
 
 

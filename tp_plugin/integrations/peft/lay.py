@@ -34,7 +34,6 @@ from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.adapters import cut, note
 
-
 EMPTY = (
     "low_cpu_mem_usage=True (or assign=True) puts new parameters into the places of those that a sharded model has and "
     "that know how they lie; leave it off."

@@ -123,8 +123,8 @@ def _find_mismatched_function(original: Callable[..., Any]) -> Callable[..., Any
 
 
 _MISMATCHED = (
-    "ignore_mismatched_sizes=True compares the adapter's full tensors with this rank's shards and would leave them out; "
-    "load with it before sharding."
+    "ignore_mismatched_sizes=True compares the adapter's full tensors with this rank's shards and would leave "
+    "them out; load with it before sharding."
 )
 
 
