@@ -18,6 +18,7 @@ import torch.distributed as dist
 import transformers
 import yaml
 
+import tp_plugin
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
@@ -240,6 +241,7 @@ def test_two_writers_of_one_pid_do_not_share_a_file(texts, tokenizer, tmp_path, 
 
 def patience() -> float:
     """Of the process group that a recipe's job joins, in hours."""
+    tp_plugin.register()  # as finetune does; DeepSpeed would compile its own collectives for CPUs
     state = _join()
     assert state.distributed_type.value == "DEEPSPEED"
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))

@@ -127,7 +127,7 @@ def _moved(optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: lis
         | {"params": [parameter]}
         for group, parameter in zip(optimizer.param_groups, parameters, strict=True)
     ]
-    new: Any = type(optimizer)(groups, **_arguments(optimizer))  # type: ignore[arg-type]
+    new: Any = type(optimizer)(groups, **_arguments(optimizer))
     if hasattr(new, "train"):  # those without a schedule step in this mode alone
         new.train()
     for gradient in gradients:
