@@ -314,7 +314,7 @@ SENTENCES = {
     "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",
     "comparing_fails_on_one_rank": r"comparing the ranks' models failed: OutOfMemoryError: CUDA out of memory \[on",
     "sharing_what_is_new_fails_on_one_rank": r"bringing 'score.weight', .* OutOfMemoryError: CUDA out of memory \[on",
-    "installing_fails_on_one_rank": r"cannot load './model': OutOfMemoryError: CUDA out of memory. \[on rank 1\]",
+    "installing_fails_on_one_rank": r"cannot load './model': OutOfMemoryError: CUDA out of memory \[on rank 1\]",
     "inferred_rules_are_wrong": r"the rules inferred from the shapes of HomeModel are wrong",
     "pickle_that_runs_code": r"'./model/pytorch_model.bin' as a file of plain tensors \(.*; convert it to safetensors",
     "pickle_of_old": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",
