@@ -75,3 +75,7 @@ def test_an_accelerate_loop_loads_its_state_elsewhere(tmp_path):
     assert len(saved["losses"]) == 6
     assert loaded["losses"] == pytest.approx(saved["losses"][2:], rel=1e-5)
     assert loaded["rates"] == saved["rates"][2:]
+    first, second = saved["draws"][0], saved["draws"][2]
+    assert saved["draws"] == [first, first, second, second]
+    assert first != second
+    assert loaded["draws"] == [first] * 4, "one data-parallel rank's dropout masks"

@@ -1,5 +1,8 @@
 """The differentiable collectives against plain autograd on the full tensor, in real processes."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +17,7 @@ from tp_plugin.collectives import (
     split_to_region,
 )
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.mesh import ParallelMesh
+from tp_plugin.mesh import ParallelMesh, take_device
 
 
 def column_then_row(sizes):
@@ -79,6 +82,60 @@ def grid():
 
 def test_tp_ranks_are_neighbours():
     assert on_ranks(4, grid) == [(0, 0, [0, 1], 1), (1, 0, [0, 1], 1), (0, 1, [2, 3], 1), (1, 1, [2, 3], 1)]
+
+
+@contextlib.contextmanager
+def a_host_of_gpus(local_rank: int, *, count: int = 4, current: int = 0, backend: str = "nccl", bound=None):
+    """Functions of torch answer as on such a host, which no machine of ours is; yields the devices that were set."""
+    chosen: list[int] = []
+    with (
+        mock.patch.dict("os.environ", LOCAL_RANK=str(local_rank)),
+        mock.patch("torch.cuda.is_available", return_value=count > 0),
+        mock.patch("torch.cuda.device_count", return_value=count),
+        mock.patch("torch.cuda.current_device", side_effect=lambda: chosen[-1] if chosen else current),
+        mock.patch("torch.cuda.set_device", chosen.append),
+        mock.patch("tp_plugin.mesh.dist.get_backend", return_value=backend),
+        mock.patch("tp_plugin.mesh.bound_device", return_value=bound),
+    ):
+        yield chosen
+
+
+DEVICES = {
+    "its own": ({}, [2]),
+    "the one the group is bound to": ({"bound": torch.device("cuda", 3)}, [3]),
+    "one that was chosen stays": ({"current": 1}, []),
+    "the only one it sees": ({"count": 1}, []),
+    "none": ({"count": 0}, []),
+    "gloo sends from the host": ({"backend": "gloo"}, []),
+    "either backend": ({"backend": "cpu:gloo,cuda:nccl"}, [2]),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_process_takes_its_own_gpu(name):
+    options, expected = DEVICES[name]
+    with a_host_of_gpus(2, **options) as chosen:
+        take_device()
+        take_device()
+    assert chosen == expected
+
+
+def device_when_groups_are_made() -> list[list[int]]:
+    found: list[list[int]] = []
+    made = dist.new_subgroups_by_enumeration
+    with a_host_of_gpus(dist.get_rank() + 1) as chosen:
+
+        def seen(*args, **options):
+            found.append(list(chosen))
+            return made(*args, **options)
+
+        with mock.patch("torch.distributed.new_subgroups_by_enumeration", seen):
+            ParallelMesh.create(2)
+    return found
+
+
+def test_the_gpu_is_taken_before_the_first_collective():
+    assert on_ranks(2, device_when_groups_are_made) == [[[1], [1]], [[2], [2]]]
 
 
 def test_world_that_tp_does_not_divide_is_refused_everywhere():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 import tp_plugin
+from tests.integrations.deepspeed.test_optimizers import ClippedByTensor
 from tests.support.adapters import adapt
 from tests.support.cases import launched, sentence, values
 from tests.support.models import batch, make
@@ -370,6 +371,15 @@ def adafactor_by_a_callable():
     initialise(stage=0, optimizer=lambda params: torch.optim.Adafactor(params))
 
 
+def clipped_by_tensor():
+    model = make("Llama")
+    initialise(model, optimizer=ClippedByTensor(model.parameters()))
+
+
+def clipped_by_tensor_in_a_callable():
+    initialise(stage=0, optimizer=ClippedByTensor)
+
+
 def use_kernels():
     model = make("Llama")
     model._use_kernels = True  # what transformers' set_use_kernels leaves behind; the kernels need a GPU
@@ -436,6 +446,8 @@ REFUSED = {
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
     "lora_fa_of_peft": r"the optimizer LoraFAOptimizer.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
+    "clipped_by_tensor": r"the optimizer ClippedByTensor takes another step on the parts.*use an elementwise one",
+    "clipped_by_tensor_in_a_callable": r"the optimizer ClippedByTensor takes another step on the parts",
     "use_kernels": r"use_kernels=True.*load it without",
     "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
     "resize_after": r"resize before sharding",

@@ -123,26 +123,30 @@ def all_gather(
 
 
 def gather_to(
-    tensor: torch.Tensor, group: dist.ProcessGroup | None, to: int, sizes: Sequence[int], *, purpose: str = ""
-) -> list[torch.Tensor] | None:
-    """Every rank's 1-dim tensor, of ``sizes[rank]`` elements, on rank ``to`` of the group; None on the others.
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    to: int,
+    received: Sequence[torch.Tensor],
+    *,
+    purpose: str = "",
+) -> None:
+    """Send every rank's 1-dim tensor to rank ``to`` of the group, which has a tensor of each rank's size to receive it.
 
-    Messages to one rank: nothing is padded, and a rank that has nothing sends nothing.
+    Messages to one rank: nothing is padded, a rank that has nothing sends nothing, and nothing is allocated here.
+
+    Args:
+        received: on rank ``to`` one tensor a rank, of which its own is left alone; ignored on the others.
     """
     if group is None:
-        return [tensor]
+        return
     _note("gather", purpose, tensor)
-    rank, found = rank_in(group), None
-    sends: list[dist.P2POp] = []
-    if rank == to:
-        found = [tensor if other == to else tensor.new_empty(size) for other, size in enumerate(sizes)]
-        others = [(other, part) for other, part in enumerate(found) if other != to and part.numel()]
+    if rank_in(group) == to:
+        others = [(other, part) for other, part in enumerate(received) if other != to and part.numel()]
         sends = [dist.P2POp(dist.irecv, part, group=group, group_peer=other) for other, part in others]
-    elif tensor.numel():
-        sends = [dist.P2POp(dist.isend, tensor.contiguous(), group=group, group_peer=to)]
+    else:
+        sends = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to)] if tensor.numel() else []
     for work in dist.batch_isend_irecv(sends) if sends else []:
         work.wait()
-    return found
 
 
 def start_all_gather(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
+import torch
 import torch.distributed as dist
 
 from tp_plugin.errors import TensorParallelError
@@ -41,12 +43,15 @@ class ParallelMesh:
     def create(cls, tp_size: int) -> ParallelMesh:
         """Groups for ``tp_size``, made once in a process; a collective call over the whole world.
 
+        A process that has chosen no GPU gets its own first, see :func:`take_device`.
+
         Raises:
             TensorParallelError: no process group, or the world size is not a multiple of ``tp_size``.
         """
         if tp_size == 1 and not dist.is_initialized():
             return cls.single()
         check_world(tp_size)
+        take_device()
         made_in, mesh = _MESHES.get(tp_size, (None, None))
         if mesh is None or made_in is not dist.group.WORLD:
             world = dist.get_world_size()
@@ -114,6 +119,26 @@ class ParallelMesh:
 
     def get_tensor_model_parallel_src_rank(self) -> int:
         return self.dp_rank * self.tp_size
+
+
+def take_device() -> None:
+    """Make this process's own GPU the current one, as DeepSpeed's engine and accelerate do when they come.
+
+    Whoever shards or loads a model before them would otherwise have every rank of a host send from its GPU 0, where
+    NCCL finds one GPU twice, or another one than the process group is bound to. A GPU that was chosen is left: any
+    but the first.
+    """
+    if not torch.cuda.is_available() or "nccl" not in dist.get_backend() or torch.cuda.current_device() != 0:
+        return
+    bound = bound_device()
+    own = bound.index if bound is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if own and own < torch.cuda.device_count():  # a launcher may show each process one GPU only, its first
+        torch.cuda.set_device(own)
+
+
+def bound_device() -> torch.device | None:
+    """The device that the world's process group was bound to when it was made, if any."""
+    return getattr(dist.group.WORLD, "bound_device_id", None)
 
 
 def check_world(tp_size: int) -> None:

@@ -39,13 +39,24 @@ def step(batch):
     found["rates"].append(scheduler.get_last_lr()[0])
 
 
+def draws():
+    """What each rank draws next."""
+    every = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(every, torch.rand(()).item())
+    return every
+
+
 done = 0
 if options.what == "load":
     accelerator.load_state(f"{options.out}/state")
+    found["draws"] = draws()
     done = 2
+else:
+    torch.manual_seed(7 + accelerator.process_index // 2)  # one for each data-parallel rank
 for number, batch in enumerate(accelerator.skip_first_batches(train, done), done):
     if options.what == "save" and number == 2:
         accelerator.save_state(f"{options.out}/state")
+        found["draws"] = draws()
     step(batch)
 if accelerator.is_main_process:
     with open(f"{options.out}/{options.what}.json", "w") as file:

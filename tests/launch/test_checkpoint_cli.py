@@ -21,6 +21,7 @@ from tp_plugin.launch.cli import EXIT, main
 from tp_plugin.weights.manifest import Manifest
 
 ROOT = tempfile.TemporaryDirectory()
+MAMBA2 = {"intermediate_size": 64, "num_heads": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
 CASES = {
     "tied": (3, {"family": "Qwen3", "heads": (4, 2), "tied": True}),
     "bf16": (1, {"family": "Llama", "heads": (4, 2), "tied": False, "extra": BF16}),
@@ -28,6 +29,7 @@ CASES = {
     "fused experts": (2, {"family": "GptOss", "heads": (4, 2), "tied": False}),
     "packed": (2, {"family": "phi3"}),
     "buffers": (1, {"family": "bart"}),
+    "an infinite number in the config": (1, {"family": "Mamba2", "heads": (4, 2), "tied": False} | MAMBA2),
 }
 
 

@@ -5,23 +5,27 @@ Whole runs are in integration/test_quickstart.py.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 
+import tp_plugin
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch.build import build_model, build_tokenizer
 from tp_plugin.launch.check import visit_plainly
 from tp_plugin.launch.data import blocks, documents
-from tp_plugin.launch.finetune import _size, finetune, main
+from tp_plugin.launch.finetune import _join, _size, finetune, main
 from tp_plugin.launch.load import load_model
 from tp_plugin.launch.recipe import DataRecipe, ModelRecipe, TrainingRecipe, load_recipe
 
@@ -216,6 +220,36 @@ def test_blocks_are_the_same_for_a_seed_and_made_once(texts, tokenizer, tmp_path
     Path(texts.text_files[0]).with_name("00.txt").write_text("changed")
     rows(0, "a")
     assert len(list((tmp_path / "a").glob("*.npy"))) == 3, "changed text is tokenised anew"
+
+
+def test_two_writers_of_one_pid_do_not_share_a_file(texts, tokenizer, tmp_path, monkeypatch):
+    """As containers on two hosts with one output directory."""
+    meeting, save = threading.Barrier(2, timeout=60), numpy.save
+
+    def saved_together(out, array):
+        meeting.wait()
+        save(out, array)
+        meeting.wait()
+
+    monkeypatch.setattr(numpy, "save", saved_together)
+    with concurrent.futures.ThreadPoolExecutor(2) as hosts:
+        made = [hosts.submit(blocks, texts, tokenizer, seed=0, cache=tmp_path / "cache") for _ in range(2)]
+    one, other = (each.result()[0].tokens for each in made)
+    assert numpy.array_equal(one, other)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+
+
+def patience() -> float:
+    """Of the process group that a recipe's job joins, in hours."""
+    tp_plugin.register()  # as finetune does; DeepSpeed would compile its own collectives for CPUs
+    state = _join()
+    assert state.distributed_type.value == "DEEPSPEED"
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds() / 3600
+
+
+def test_the_others_wait_for_one_that_tokenises():
+    assert on_ranks(1, patience) == [12]
 
 
 def test_too_little_text_is_refused(texts, tokenizer, tmp_path):

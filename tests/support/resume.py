@@ -30,12 +30,15 @@ def schedule(step: int) -> float:
 def engine_of(
     tp: int, stage: int, *, family: str = "Qwen2", heads=(8, 2), tied=True, seed=0, extra: dict | None = None, **options
 ) -> Any:
-    """An engine of this world with AdamW in two groups and a scheduler; ``seed`` chooses the weights it starts with."""
-    lora, fused = options.pop("lora", False), options.pop("fused", None)
+    """An engine of this world with AdamW (or ``optimizer``) in two groups and a scheduler.
+
+    ``seed`` chooses the weights it starts with.
+    """
+    lora, fused, kind = options.pop("lora", False), options.pop("fused", None), options.pop("optimizer", "adamw")
     model = model_of(family, seed, heads=heads, tied=tied, **options)
     if lora:
         model = adapted(model, seed)
-    optimizer = optimizer_for(model, "adamw")
+    optimizer = optimizer_for(model, kind)
     for group in optimizer.param_groups:
         group["fused"] = fused
     # a family without "norm" in a name has one group, and DeepSpeed drops an empty one behind the scheduler's back

@@ -22,8 +22,26 @@ def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
     decay = [p for n, p in trained if "norm" not in n]
     rest = [p for n, p in trained if "norm" in n]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    if name == "counting":
+        return CountingAdam(groups, {"lr": 1e-2})
     # epsilon well above the gradients' rounding noise, so that AdamW's first steps are not decided by it
     return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4) if name == "adamw" else torch.optim.SGD(groups, lr=0.5)
+
+
+class CountingAdam(torch.optim.Optimizer):
+    """Adam by somebody who counts steps in a Python int, as bitsandbytes does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in (param for param in group["params"] if param.grad is not None):
+                state = self.state[param]
+                state.setdefault("step", 0)
+                state["step"] += 1
+                first = state.setdefault("first", torch.zeros_like(param)).lerp_(param.grad, 0.1)
+                second = state.setdefault("second", torch.zeros_like(param)).lerp_(param.grad.square(), 0.001)
+                scale = (1 - 0.999 ** state["step"]) ** 0.5 / (1 - 0.9 ** state["step"])
+                param.sub_(group["lr"] * scale * first / (second.sqrt() + 1e-4))
 
 
 def model_of(family: str, seed: int = 0, **options: Any) -> torch.nn.Module:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import tp_plugin
-from tests.support.models import batch
+from tests.support.models import batch, make
 from tests.support.ranks import on_ranks
 from tests.support.train import loss_of, micro_batches
-from tests.verify.test_first_step import engine_of, steps
-from tp_plugin.verify import first_step
+from tests.verify.test_first_step import compared, engine_of, steps
+from tp_plugin.verify import cut, differences, exact, first_step
 from tp_plugin.verify.first_step import guard_of
 
 PREFETCHING = {
@@ -33,21 +34,18 @@ def checked_when_parameters_are_fetched_ahead():
     losses = []
     for asked in (True, False):
         engine = engine_of("Llama", 3, PREFETCHING)
-        compared = []
-        guard = guard_of(engine)
-        guard._difference = lambda *args, guard=guard, compared=compared: (
-            compared.append(1) or type(guard)._difference(guard, *args)
-        )
         losses.append([])
         for step in range(5):
+            seen = {}
             if asked and step == 3:
                 tp_plugin.check_next_step(engine)
             for pieces in micro_batches(step, 1):
-                loss = loss_of(engine, pieces[0], step)
+                with compared(seen):
+                    loss = loss_of(engine, pieces[0], step)
                 engine.backward(loss)
                 engine.step()
                 losses[-1].append(loss.item())
-        assert len(compared) == 1 + asked
+            assert bool(seen) == (step == 0 or (asked and step == 3))
     return losses
 
 
@@ -83,7 +81,7 @@ def one_rank_fails(stage, how):
     """The loss raises on rank 1: in the sharded run, in the plain one, or on anything but the whole batch."""
     engine = engine_of("Llama", stage)
     rows = batch(0, 3)["input_ids"].shape[0]
-    assert rows > first_step.ROWS
+    assert rows > cut.ROWS
     guard, runs = guard_of(engine), []
 
     def loss(model, inputs):
@@ -110,31 +108,114 @@ def test_a_loss_that_one_rank_cannot_compute_again_hangs_nobody(stage, how):
     assert warning not in unsaid
 
 
-def under_autocast():
-    """Relative errors of the sharded and of the plain run against the exact one."""
-    engine = engine_of("Llama", 0)
-    found = {}
-    guard = guard_of(engine)
+def keeps_nothing():
+    """Whether activations are alive behind the forward of each run, where training would keep them."""
+    engine = engine_of("Llama", 1)
+    alive = []
 
-    def difference(ours, plain, exact, half):
-        assert half
-        found.update(ours=first_step._relative(ours["logits"], exact["logits"]))
-        found.update(plain=first_step._relative(plain["logits"], exact["logits"]), exact=exact["logits"])
-        return type(guard)._difference(guard, ours, plain, exact, half)
+    def loss(model, inputs):
+        seen = []
+        act = model.model.layers[0].mlp.act_fn
+        handle = act.register_forward_hook(lambda _m, _a, output: seen.append(weakref.ref(output)))
+        found = model(**inputs).loss
+        handle.remove()
+        alive.append(seen[0]() is not None)
+        return found
 
-    guard._difference = difference
-    with torch.autocast("cpu", torch.bfloat16):
-        guard.examine(lambda model, inputs: model(**inputs), batch(0, 2))
-    engine.eval()
+    guard_of(engine).examine(loss, batch(0, 2))
+    loss(engine.module.train(), batch(0, 2))
+    return alive
+
+
+def test_nothing_is_kept_for_a_backward():
+    for *alive, trained in on_ranks(2, keeps_nothing):
+        assert alive == [False, False]
+        assert trained
+
+
+class Opaque:
+    """An input that is no tensor, as a cache or a block mask."""
+
+
+def unchecked(how):
+    engine = engine_of("Llama", 1)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        if how == "opaque":
+            steps(engine, 2, use_cache=Opaque())
+        else:
+
+            def loss(model, inputs):
+                model(**inputs)
+                raise torch.OutOfMemoryError("too little memory")
+
+            guard_of(engine).examine(loss, batch(0, 2))
+            steps(engine, 1)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("how", ["opaque", "memory"])
+def test_what_is_not_checked_is_said_once(how):
+    first, second = on_ranks(2, unchecked, how)
+    assert first.count("its loss was not checked") == 1
+    assert ("too little memory" in first) == (how == "memory")
+    assert "not checked" not in second
+
+
+def under_autocast(dtype):
+    """Relative differences of the sharded runs and the exact plain one, and of that from one process in float32."""
+    extra = {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+    engine = engine_of("Llama", 1, extra)
+    found, plain = {}, {}
+    original = first_step.difference
+
+    def difference(ours, exact, *, coarse=False):
+        plain.update(exact)
+        return original(ours, exact, coarse=coarse)
+
+    first_step.difference = difference
+    with compared(found), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        guard_of(engine).examine(lambda model, inputs: model(**inputs), batch(0, 2))
+    truth = make("Llama")
+    if dtype == torch.bfloat16:
+        truth = truth.bfloat16().float()
     with torch.no_grad():
-        inputs = {name: value[: first_step.ROWS] for name, value in batch(0, 2).items()}
-        logits = engine.module(**inputs).logits[:, -first_step.POSITIONS :]
-    truth = first_step._relative(found.pop("exact"), logits)
-    return found | {"truth": truth}
+        logits = truth.eval()(**batch(0, 2)).logits[: cut.ROWS, -differences.POSITIONS :]
+    return found | {"truth": differences.relative(plain["logits"], logits)}
 
 
-def test_the_exact_run_leaves_autocast():
-    for found in on_ranks(2, under_autocast):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_is_compared_in_single_precision(dtype):
+    for found in on_ranks(2, under_autocast, dtype):
         assert found["truth"] < 1e-5
-        assert 1e-4 < found["plain"] < 2e-2
-        assert 1e-4 < found["ours"] < 2e-2
+        assert found["logits"] < 1e-5
+        assert found["loss"] < 1e-5
+        assert 1e-4 < found["coarse logits"] < 5e-2
+
+
+@pytest.fixture
+def settings():
+    places = (*exact.PRODUCTS, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    yield lambda: [place.fp32_precision for place in places]
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
+@pytest.mark.parametrize("how", ["transformers", "torch"])
+def test_products_of_float32_are_exact_meanwhile(settings, how):
+    """However tf32 was asked for; the two interfaces of PyTorch must not be mixed."""
+    model = torch.nn.Linear(1, 1)
+    assert not exact.rounds(model)
+    if how == "torch":
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.backends.fp32_precision = "tf32"
+    asked = settings()
+    assert exact.rounds(model)
+    with exact.exactly([model]):
+        assert not exact.rounds(model)
+        assert not {"tf32", "bf16"} & set(settings())
+    assert settings() == asked
+    if how == "torch":
+        assert torch.get_float32_matmul_precision() == "high"
+        torch.set_float32_matmul_precision("highest")

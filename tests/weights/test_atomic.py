@@ -61,6 +61,96 @@ def test_what_a_killed_job_left_goes(tmp_path):
     assert os.listdir(tmp_path) == ["target"]
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_job_killed_between_two_renames_loses_nothing(tmp_path, monkeypatch, capsys):
+    """Where there is no exchange: the old state lies aside, and a save that fails then does not cost it."""
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target, real = tmp_path / "target", os.rename
+    with written_whole(target) as temporary:
+        (temporary / "old").touch()
+
+    def save(name: str) -> None:
+        with written_whole(target) as temporary:
+            (temporary / name).touch()
+            if name == "failing":
+                raise OSError("no space")
+
+    def rename(one, other):
+        if Path(other) == target and target.with_name(f"{Path(one).name}-replaced").exists():
+            raise Killed
+        real(one, other)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(Killed):
+        save("new")
+    monkeypatch.setattr(os, "rename", real)
+    assert sorted(name.endswith("-replaced") for name in os.listdir(tmp_path)) == [False, True], "both lie aside"
+    with pytest.raises(TensorParallelError, match="no space"):
+        save("failing")
+    assert os.listdir(target) == ["old"]
+    assert "was being replaced when a job ended, and is what it was before" in capsys.readouterr().out
+    save("newest")
+    assert os.listdir(target) == ["newest"]
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_place_that_cannot_be_taken_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target, real, failing = tmp_path / "target", os.rename, []
+    with written_whole(target) as temporary:
+        (temporary / "old").touch()
+
+    def rename(one, other):
+        if Path(other) == target and not str(one).endswith("-replaced"):
+            failing.append(one)
+            raise OSError(5, "Input/output error")
+        real(one, other)
+
+    monkeypatch.setattr(os, "rename", rename)
+    said = "what was there before is untouched: OSError: Input/output error"
+    with pytest.raises(TensorParallelError, match=said), written_whole(target) as temporary:
+        (temporary / "new").touch()
+    assert len(failing) == 2
+    assert os.listdir(target) == ["old"]
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_cannot_be_cleared_away_is_no_failed_save(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").touch()
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("still open")
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", rmtree)
+    with written_whole(target) as temporary:
+        (temporary / "new").touch()
+    assert os.listdir(target) == ["new"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path, there):
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "here" / "link"
+    link.parent.mkdir()
+    link.symlink_to(real)
+    if there:
+        real.mkdir(parents=True)
+        (real / "old").touch()
+    with written_whole(link) as temporary:
+        (temporary / "new").touch()
+    assert link.is_symlink()
+    assert os.listdir(link) == ["new"]
+    assert (os.listdir(link.parent), os.listdir(real.parent)) == (["link"], ["real"])
+
+
 @pytest.mark.parametrize("other", ["other", "target-2", "tar"])
 def test_a_save_under_another_name_goes_on_beside_it(tmp_path, other):
     with written_whole(tmp_path / other) as temporary:

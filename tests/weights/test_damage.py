@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import resource
@@ -23,15 +26,19 @@ from tests.support.cases import launched, sentence, values
 from tests.support.models import batch, make
 from tests.support.train import engine_for
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.weights.manifest import FILE
+from tp_plugin.weights.manifest import FILE, Manifest
 
 CASES = (
     "truncated", "missing", "flipped", "manifest_flipped", "manifest_truncated", "manifest_missing", "not_there",
     "newer_format", "deepspeeds_own", "other_architecture", "other_vocabulary", "other_optimizer", "other_groups",
-    "without_optimizer", "unwritable_client_state", "different_tags", "disk_full", "no_directory", "local_storage",
+    "adam_into_adamw", "adamw_into_radam", "adamw_into_nadam", "without_optimizer", "unwritable_client_state",
+    "endless_client_state", "endless_scheduler", "different_tags", "disk_full", "no_directory", "local_storage",
     "frozen_left_out", "block_quantised", "latest_unreadable",
 )  # fmt: skip
-GOOD = ("between_steps", "falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models")
+GOOD = (
+    "between_steps", "falls_back", "nothing_there", "replaces", "weights_only", "without_frozen", "two_models",
+    "moved_aside", "others_client_state", "frozen_in_groups", "frozen_listed",
+)  # fmt: skip
 
 
 def engine(stage: int = 1, **options):
@@ -170,6 +177,26 @@ def other_groups():
     spoilt(lambda path: None, make_engine=lambda: with_optimizer(lambda m: torch.optim.AdamW(m.parameters(), 0.1)))
 
 
+def into(target, source=torch.optim.AdamW) -> None:
+    spoilt(
+        lambda path: None,
+        make_engine=lambda: with_optimizer(lambda m: target(m.parameters(), 0.1)),
+        saved=lambda: with_optimizer(lambda m: source(m.parameters(), 0.1)),
+    )
+
+
+def adam_into_adamw():
+    into(torch.optim.AdamW, torch.optim.Adam)
+
+
+def adamw_into_radam():
+    into(torch.optim.RAdam)
+
+
+def adamw_into_nadam():
+    into(torch.optim.NAdam)
+
+
 def without_optimizer():
     def bare():
         config = base() | {"zero_optimization": {"stage": 0}}
@@ -194,6 +221,29 @@ def unwritable_client_state():
         dist.barrier()
         assert sorted(Path(folder, "kept").iterdir()) == kept
         assert sorted(os.listdir(folder)) == ["kept", "latest"]
+
+
+def endless_client_state():
+    endless: dict = {}
+    endless["itself"] = endless
+    engine().save_checkpoint(everywhere(), client_state=endless if dist.get_rank() == 0 else {})
+
+
+def endless_scheduler():
+    """On one rank, and not the first."""
+    one = engine()
+    endless: list = []
+    endless.append(endless)
+    if dist.get_rank() == 1:
+        one.lr_scheduler.itself = endless
+    one.save_checkpoint(everywhere())
+
+
+def others_client_state():
+    """Only the first rank's is kept, so only that must be writable."""
+    folder = everywhere()
+    engine().save_checkpoint(folder, client_state={"seen": 3} if dist.get_rank() == 0 else {"odd": object()})
+    return engine().load_checkpoint(folder)[1]
 
 
 def different_tags():
@@ -337,7 +387,64 @@ def between_steps():
 
 
 def nothing_there():
-    return engine().load_checkpoint(everywhere())
+    folder, said = everywhere(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        found = engine().load_checkpoint(folder)
+    lines = [line for line in said.getvalue().replace(folder, "FOLDER").splitlines() if line.startswith("tp_plugin:")]
+    return found, lines
+
+
+def moved_aside():
+    """A job was killed while it replaced the checkpoint, where the file system has no exchange."""
+    folder = everywhere()
+    one = engine()
+    resume.train(one, 2, (0,), "Llama")
+    one.save_checkpoint(folder, tag="same")
+    aside = Path(folder, ".tp_plugin-writing-same-01234567-replaced")
+    first(lambda: Path(folder, "same").rename(aside))
+    other = engine()
+    other.load_checkpoint(folder)
+    return other.global_steps, sorted(os.listdir(folder))
+
+
+def mixed_engine(stage: int):
+    """Frozen parameters in the optimizer's groups, as ``AdamW(model.parameters())`` has them."""
+    model = make("Llama", tied=False)
+    model.model.embed_tokens.requires_grad_(False)
+    config = base() | {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40}}
+    return engine_for(model, torch.optim.AdamW(model.parameters(), 0.01), config)
+
+
+def frozen_in_groups():
+    """From stage 0 to the others and back, to a loss that is the same."""
+    folder, losses = everywhere(), []
+    for before, after in ((0, 1), (1, 0), (0, 3), (0, 0)):
+        one, other = mixed_engine(before), mixed_engine(after)
+        resume.train(one, 2, (0,), "Llama")
+        one.save_checkpoint(folder)
+        other.load_checkpoint(folder)
+        losses.append((resume.train(one, 2, (1, 2), "Llama"), resume.train(other, 2, (1, 2), "Llama")))
+    return max(abs(a - b) for ours, theirs in losses for a, b in zip(ours, theirs, strict=True))
+
+
+def frozen_listed():
+    """Stage 0 once listed frozen parameters as the optimizer's."""
+    folder = everywhere()
+    mixed_engine(0).save_checkpoint(folder, tag="old")
+
+    def age() -> None:
+        manifest = Manifest.load(Path(folder, "old"))
+        ((name, entry),) = [(n, e) for n, e in manifest.entries.items() if not e.trained and not e.buffer]
+        manifest.optimizer["groups"][0]["names"].insert(0, name)
+        manifest.optimizer["stateless"].insert(0, name)
+        entries = manifest.entries | {name: dataclasses.replace(entry, trained=True)}
+        Path(folder, "old", FILE).write_bytes(dataclasses.replace(manifest, entries=entries).dump())
+
+    first(age)
+    other = mixed_engine(1)
+    other.load_checkpoint(folder)
+    mixed_engine(0).load_checkpoint(folder)
+    return other.global_steps
 
 
 def replaces():
@@ -400,9 +507,14 @@ SAID = {
     "other_architecture": "is of another model (LlamaForCausalLM; this is Qwen3ForCausalLM)",
     "other_vocabulary": "'model.embed_tokens.weight' has shape [131, 32] in it and [137, 32] here (the vocabulary",
     "other_optimizer": "holds the state of AdamW and this engine's optimizer is SGD",
+    "adam_into_adamw": "holds the state of Adam and this engine's optimizer is AdamW; use the same, or load with",
+    "adamw_into_radam": "holds the state of AdamW and this engine's optimizer is RAdam",
+    "adamw_into_nadam": "holds the state of AdamW and this engine's optimizer is NAdam",
     "other_groups": "has 2 parameter groups and this optimizer 1, or other parameters in them",
     "without_optimizer": "was saved without an optimizer; load it with load_optimizer_states=False",
     "unwritable_client_state": "client_state.where.sampler holds a object, and a checkpoint holds tensors, numbers",
+    "endless_client_state": "the checkpoint cannot be written: RecursionError: maximum recursion depth exceeded",
+    "endless_scheduler": "the checkpoint cannot be written: RecursionError: maximum recursion depth exceeded",
     "different_tags": "save_checkpoint was given different tags, ['mine-0', 'mine-1']; use one",
     "disk_full": "writing rank_00001.safetensors of the checkpoint 'FOLDER/kept' failed: File too large",
     "no_directory": "writing '/proc/no/such/place/global_step0' failed: ",
@@ -442,7 +554,21 @@ def test_the_newest_whole_one_is_taken_on_request():
 
 
 def test_a_directory_without_checkpoints_is_answered_as_deepspeed_does():
-    assert values(outcomes(), "nothing_there") == [(None, None)] * 2
+    line = "tp_plugin: no checkpoint in 'FOLDER': training begins anew"
+    assert values(outcomes(), "nothing_there") == [((None, None), [line]), ((None, None), [])]
+
+
+def test_what_was_moved_aside_is_loaded():
+    assert values(outcomes(), "moved_aside") == [(1, ["latest", "same"])] * 2
+
+
+def test_only_the_first_ranks_client_state_counts():
+    assert values(outcomes(), "others_client_state") == [{"seen": 3}] * 2
+
+
+def test_frozen_parameters_in_the_optimizers_groups_are_none_of_its_own():
+    assert max(values(outcomes(), "frozen_in_groups")) < 1e-5
+    assert values(outcomes(), "frozen_listed") == [0, 0]
 
 
 def test_the_same_tag_is_replaced_whole_and_leftovers_go():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -178,6 +180,28 @@ def disk_fails_on_one_rank():
         Reader._pread = original
 
 
+def fails_on_one_rank(place: str, how=lambda folder: None) -> None:
+    """``place`` fails on rank 1 after everything was read."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with mock.patch(place, side_effect=error) if dist.get_rank() == 1 else contextlib.nullcontext():
+        damaged(how)
+
+
+def comparing_fails_on_one_rank():
+    fails_on_one_rank("tp_plugin.sharding.equal.fingerprint")
+
+
+def sharing_what_is_new_fails_on_one_rank():
+    def other_head(folder: Path) -> None:
+        edit(folder / "config.json", lambda config: config.update(architectures=["LlamaForSequenceClassification"]))
+
+    fails_on_one_rank("tp_plugin.weights.load.comm_device", other_head)
+
+
+def installing_fails_on_one_rank():
+    fails_on_one_rank("tp_plugin.integrations.transformers.load.watched")
+
+
 def inferred_rules_are_wrong():
     folder = saved(custom.HomeModel(custom.HomeConfig(mixing=True, num_layers=2)))
     try:
@@ -288,6 +312,9 @@ SENTENCES = {
     "quantised": r"./model is quantised \(fp8\), and quantised weights cannot be sharded",
     "cannot_be_sharded": r"5 query and 1 key/value heads cannot be sharded 2 ways",
     "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",
+    "comparing_fails_on_one_rank": r"comparing the ranks' models failed: OutOfMemoryError: CUDA out of memory \[on",
+    "sharing_what_is_new_fails_on_one_rank": r"bringing 'score.weight', .* OutOfMemoryError: CUDA out of memory \[on",
+    "installing_fails_on_one_rank": r"cannot load './model': OutOfMemoryError: CUDA out of memory \[on rank 1\]",
     "inferred_rules_are_wrong": r"the rules inferred from the shapes of HomeModel are wrong",
     "pickle_that_runs_code": r"'./model/pytorch_model.bin' as a file of plain tensors \(.*; convert it to safetensors",
     "pickle_of_old": r"cannot read './model/pytorch_model.bin' as a file of plain tensors",

@@ -38,6 +38,7 @@ SAME = {
     "fused ZeRO-1": (1, {"fused": True}),
     "parameters offloaded": (3, {"extra": {"zero": OFFLOAD["zero"] | {"offload_param": {"device": "cpu"}}}}),
     "round robin": (2, {"extra": {"zero": {"round_robin_gradients": True}}}),
+    "steps in an int": (1, {"optimizer": "counting"}),
 }
 
 # what lies otherwise on tp 2 and tp 4: (stage at tp 2 x dp 2, stage at tp 4, options)
@@ -164,8 +165,15 @@ def test_steps_lie_where_torch_counts_them(option, steps):
     device = torch.device("meta")
     for options, where in (({}, "cpu"), ({option: True}, "meta")):
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, device=device))], **options)
-        counted = steps_of(optimizer, optimizer.param_groups[0], device, steps)
+        counted = steps_of(optimizer, optimizer.param_groups[0], device, steps, same=False)
         assert (counted.device.type, counted.dtype) == (where, torch.float32)
+
+
+@pytest.mark.parametrize("steps", [3, 3.0, torch.tensor(3.0, dtype=torch.float64), torch.tensor(3)])
+def test_steps_of_the_same_class_come_back_in_their_type(steps):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    counted = steps_of(optimizer, optimizer.param_groups[0], torch.device("cpu"), steps, same=True)
+    assert (type(counted), repr(counted)) == (type(steps), repr(steps))
 
 
 # ---- other shapes ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
 from tp_plugin.errors import meet
 from tp_plugin.integrations.transformers import export
+from tp_plugin.layout import ShardLayout
 from tp_plugin.weights import stream
 
 CASES = {
@@ -146,7 +147,7 @@ def test_a_rank_holds_a_few_buckets_beside_its_shard():
     found = on_ranks(4, memory_of_exports)
     writer, peer, *others = [rank[1] for rank in found]
     assert 1 < writer <= 2.5, "gathered shards and the full rows made of them"
-    assert 0 < peer <= 1, "what is sent"
+    assert 0 < peer <= 1.001, "what is sent, and whether it is"
     assert all(other < 0.1 for other in others), "they have nothing to do"
     # a rank's part of the embedding, whole over data parallelism, is four buckets
     assert all(rank[3] < 3 + 4 for rank in found), found
@@ -248,7 +249,12 @@ def converting_fails(failure):
     return fails_on_one_rank(packed(), core_model_loading, "revert_weight_conversion", failure)
 
 
-@pytest.mark.parametrize("how", [writing_fails, converting_fails])
+def packing_fails(failure):
+    """Where rank 0 is the writer, it waits for what rank 1 does not come to send."""
+    return fails_on_one_rank(wide(), ShardLayout, "local_rows", failure)
+
+
+@pytest.mark.parametrize("how", [writing_fails, converting_fails, packing_fails])
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), RuntimeError("no such failure was thought of")]
 )
@@ -257,6 +263,39 @@ def test_a_failure_on_one_rank_leaves_the_earlier_export_as_it_was(how, failure)
     assert len({sentence for sentence, _ in found}) == 1
     assert f"{failure} [on rank 1]" in found[0][0]
     assert all(untouched for _, untouched in found)
+
+
+def gathering_fails():
+    """In the third bucket, on rank 1 of four: what full_state_dict says on each rank, and whether it works again."""
+    found = []
+    for stage in (1, 3):
+        model = make("Llama", tied=False)
+        engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
+        packed, rows = [], ShardLayout.local_rows
+
+        def run_out(layout, *args, packed=packed, rows=rows):
+            packed.append(layout)
+            if len(packed) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")
+            return rows(layout, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream, "BUCKET", 4 << 10)
+            if dist.get_rank() == 1:
+                patch.setattr(ShardLayout, "local_rows", run_out)
+            with pytest.raises(tp_plugin.TensorParallelError) as caught:
+                tp_plugin.full_state_dict(engine)
+        steps(engine, [0])
+        state = tp_plugin.full_state_dict(engine)
+        found.append((str(caught.value), len(state) > 0))
+    return found
+
+
+def test_a_rank_without_memory_to_gather_is_not_waited_for():
+    found = on_ranks(4, gathering_fails, timeout_s=120)
+    says = "gathering the full tensors failed: OutOfMemoryError: CUDA out of memory [on rank 1] [on ranks 0, 1]"
+    for rank, results in enumerate(found):
+        assert results == [(says, rank == 0)] * 2
 
 
 def computed(stage):

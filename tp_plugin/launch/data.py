@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import random
+import secrets
+import socket
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch.recipe import DataRecipe
+from tp_plugin.weights.atomic import sync
 
 BATCH = 256  # documents handed to the tokenizer at a time
 
@@ -74,10 +77,15 @@ def blocks(data: DataRecipe, tokenizer: Any, *, seed: int, cache: Path) -> tuple
     file = cache / f"tokens-{_fingerprint(data, tokenizer, seed)}.npy"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as out:
-            numpy.save(out, _tokens(data, tokenizer, seed))
-        part.rename(file)
+        # hosts share the directory, and containers have the same pids
+        part = file.with_suffix(f".{socket.gethostname()}.{secrets.token_hex(8)}.part")
+        try:
+            with part.open("xb") as out:
+                numpy.save(out, _tokens(data, tokenizer, seed))
+            sync(part)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
     tokens = numpy.load(file, mmap_mode="r")
     held_out = max(1, round(len(tokens) * data.validation_fraction)) if data.validation_fraction else 0
     if len(tokens) <= held_out:

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.whole import LATEST_GOOD, newest_whole
+
+PATIENCE = timedelta(hours=12)
+"""Of the world's process group: one process tokenises, or visits the export, while the others wait in a collective. The
+groups in which a step waits are others, and keep their libraries' timeouts."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,7 +143,8 @@ def _join() -> Any:
     chosen = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # PartialState asks the environment, not the plugin
     try:
-        state = PartialState() if torch.cuda.is_available() else PartialState(backend="gloo")
+        backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
+        state = PartialState(timeout=PATIENCE, **backend)
     finally:
         if chosen is None:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
@@ -186,7 +192,7 @@ def _resumed(recipe: Recipe, resume: str | None) -> str | None:
     """The directory to resume from; None to begin. A collective call."""
     if resume != LATEST_GOOD:
         return resume
-    newest = newest_whole(Path(recipe.output_dir))
+    newest = newest_whole(Path(recipe.output_dir), for_trainer=True)
     if newest is None:
         _say(f"no whole checkpoint in {recipe.output_dir}: training begins anew")
         return None

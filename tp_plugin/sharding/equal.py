@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import all_gather, broadcast_
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.mesh import ParallelMesh
 
 _CHUNK = 1 << 22  # elements hashed at a time, so that temporaries stay small
@@ -73,7 +73,12 @@ def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[st
     if not tensors:
         return []
     device = comm_device(mesh.tp_group)
-    prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
+    prints, error = torch.empty(0), None
+    try:
+        prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
+    except Exception as failure:  # out of memory: nobody may wait for this rank's
+        error = f"comparing the ranks' models failed: {type(failure).__name__}: {str(failure).split('. ')[0]}"
+    agree(error)
     everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")
     differs = torch.stack([other != everyone[0] for other in everyone]).any(0)
     names = [name for name, different in zip(tensors, differs.tolist(), strict=True) if different]

@@ -1,16 +1,16 @@
 """The first step, computed again without us: the guard that refuses to train on a wrong loss.
 
-A slice of the batch goes through the sharded model and through its plain twin, both in evaluation mode and from the
-same random state: what differs between them is tensor parallelism, and nothing else. Losses are those of whoever trains
-(a trainer's ``compute_loss``, the model's own), so code that reads a shard for a weight is caught too.
+A piece of the batch goes through the sharded model and through its plain twin, both in evaluation mode, from the same
+random state and in single precision: what differs between them is tensor parallelism, and nothing else. Losses are
+those of whoever trains (a trainer's ``compute_loss``, the model's own), so code that reads a shard for a weight is
+caught too. Where training rounds to half precision the sharded model is also run as it trains, and compared coarsely.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,34 +19,23 @@ from torch import nn
 
 from tp_plugin.collectives import all_reduce_
 from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError, agree, together
-from tp_plugin.lazy import materialise_outputs
 from tp_plugin.sharding import Sharding
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
 from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
+from tp_plugin.verify.cut import copied, cut
+from tp_plugin.verify.differences import Seen, difference, named_tensors, sample
+from tp_plugin.verify.exact import exactly, nothing_kept, rounds, widened
 from tp_plugin.verify.gradients import GradientWatch
 from tp_plugin.verify.replicas import require_equal_replicas
 from tp_plugin.verify.twin import plain_twin
 from tp_plugin.weights.stream import between_steps
 
 ATTRIBUTE = "tp_guard"
-ROWS, LENGTH = 2, 256  # of the batch, at most
-POSITIONS = 32  # of each row, whose logits are compared
-TOKENWISE = {
-    *("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "inputs_embeds"),
-    *("completion_mask", "assistant_masks", "shift_labels"),
-}
-"""Inputs whose second dimension counts tokens, so that they may be cut there together."""
-LIMITS = {"loss": 1e-3, "outputs": 1e-2}
-"""Largest relative differences in single and double precision."""
-HALF_LIMITS = {"loss": 1e-2, "outputs": 2e-2}
-"""In half precision, where the plain model's own error is less than a third of these; else three times that error."""
-ROUTED = 0.2  # of outputs in half precision, where rounding may send a token to another expert
 
-Run = Callable[[nn.Module, dict[str, Any]], Any]
-"""Runs a model on a batch, as whoever trains does: a loss, or a model's output."""
-Seen = dict[str, torch.Tensor]
-"""The loss and samples of what the model gave, by name, in single precision."""
+Run = Callable[..., Any]
+"""Runs a model on a batch, as whoever trains does: (model, batch, what stands for the models beside it) -> its loss or
+its output."""
 
 
 class StepGuard:
@@ -60,7 +49,6 @@ class StepGuard:
 
     def __init__(self, model: nn.Module, record: Sharding) -> None:
         self.model, self.mesh, self.config = model, record.mesh, record.config
-        self.routed = bool(record.plan.mixtures)
         self.due = {True: self.config.guard, False: self.config.guard}
         self.gradients: GradientWatch | None = GradientWatch(model) if self.config.guard else None
         self.forwards, self.replicas_due = 0, False
@@ -94,64 +82,88 @@ class StepGuard:
                 self.due[False] = False  # its training has been examined
             elif _is_plain((args, kwargs)):
                 self.examine(lambda m, batch: m(*batch["args"], **batch["kwargs"]), {"args": args, "kwargs": kwargs})
+            elif training:
+                self.due[True] = False
+                self._say_unchecked("inputs that are no tensors, such as a cache, would be spoilt", None)
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
-    def examine(self, run: Run, batch: Mapping[str, Any], root: nn.Module | None = None) -> None:
-        """Run a slice of ``batch`` sharded and plain and compare; a collective call, over the world in training.
+    def examine(
+        self, run: Run, batch: Mapping[str, Any], root: nn.Module | None = None, beside: Sequence[nn.Module] = ()
+    ) -> None:
+        """Run a piece of ``batch`` sharded and plain and compare; a collective call, over the world in training.
 
         Args:
             root: what ``run`` is given: the model, or a wrapper around it (a PeftModel); None is the model.
+            beside: other sharded models that take part, such as DPO's reference; ``run`` is given them, or their
+                twins, after the batch.
 
         Raises:
             TensorParallelError: on every rank: loss or outputs differ, by how much, and in which layer first.
         """
         training = self.model.training
         self.due[training] = False
-        root = self.model if root is None else root
+        models = [self.model if root is None else root, *beside]
         # evaluation may be run by one replica alone
         group = None if training else self.mesh.tp_group
-        if training and any(hasattr(param, "ds_id") for param in root.parameters()):
+        if training and any(hasattr(param, "ds_id") for model in models for param in model.parameters()):
             # parameters are gathered over the replicas too, which must then read the same of them
             batch = broadcast_over_replicas(dict(batch), self.mesh)
-        with self._apart(root):
-            error = self._examined(run, batch, root, group)
+        with self._apart(models):
+            error = self._examined(run, batch, models, group)
         agree(error, group)
 
-    def _say_unchecked(self, failure: Exception | None, group: dist.ProcessGroup | None) -> None:
+    def _say_unchecked(self, reason: str, group: dist.ProcessGroup | None, how: str = "was not checked") -> None:
         """Said once, whichever rank failed; a collective call."""
-        reason = together(None if failure is None else f"{type(failure).__name__}: {failure}", group)
+        reason = together(reason, group)
         if dist.get_rank(group) == 0:
             print(
                 f"tp_plugin: WARNING: the first step could not be computed again without tensor parallelism "
-                f"({reason}); its loss was not checked.",
+                f"({reason}); its loss {how}.",
                 file=sys.stderr,
                 flush=True,
             )
 
     def _examined(
-        self, run: Run, batch: Mapping[str, Any], root: nn.Module, group: dist.ProcessGroup | None
+        self, run: Run, batch: Mapping[str, Any], models: list[nn.Module], group: dist.ProcessGroup | None
     ) -> str | None:
-        small = _slice(batch)
-        ours, failure = self._tried(root, run, small, sharded=True)
-        if self._any(failure is not None, group):  # not every batch can be cut
-            small = dict(batch)
-            ours, failure = self._tried(root, run, small, sharded=True)
-        half, exact = self._half(), None
-        if not self._any(failure is not None, group):
-            plain, failure = self._tried(plain_twin(root, self.mesh), run, small)
-            exact = plain
-            if half and not self._any(failure is not None, group):
-                exact, failure = self._tried(plain_twin(root, self.mesh, torch.float32), run, small, exact=True)
-        if self._any(failure is not None, group):
+        def tried(piece: Mapping[str, Any], *, sharded: bool, exact: bool) -> tuple[Seen | None, str]:
+            """What a run gives on all ranks, or None, and what it raised on this one."""
+            found, failure, refusal = None, "", None
+            try:
+                found = self._seen(run, piece, models, sharded=sharded, exact=exact)
+            except TensorParallelError as ours:
+                refusal = str(ours)
+            except Exception as other:  # too little memory among them: pieces are alike, and so it is on all ranks
+                failure = f"{type(other).__name__}: {other}"
+            agree(refusal, group)
+            return (None if self._any(found is None, group) else found), failure
+
+        rounded, piece = rounds(self.model), cut(batch)
+        trained, failure = tried(piece, sharded=True, exact=False)
+        if trained is None:  # not every batch can be cut
+            piece = dict(batch)
+            trained, failure = tried(piece, sharded=True, exact=False)
+        if trained is None:
             self._say_unchecked(failure, group)
             return None
-        assert ours is not None
-        assert plain is not None
-        assert exact is not None
-        found = self._difference(ours, plain, exact, half)
+        plain, failure = tried(piece, sharded=False, exact=True)
+        ours = trained
+        if plain is not None and rounded:
+            wide, failure = tried(piece, sharded=True, exact=True)
+            ours, plain = (wide, plain) if wide is not None else (trained, None)
+        exact = plain is not None
+        if plain is None:
+            if rounded:
+                plain, _ = tried(piece, sharded=False, exact=False)
+            self._say_unchecked(failure, group, "was not checked" if plain is None else "was checked coarsely")
+            if plain is None:
+                return None
+        found = difference(ours, plain, coarse=not exact)
+        if exact and rounded:
+            found = found or difference(trained, plain, coarse=True)
         if not self._any(found is not None, group):
             return None
-        where = self._where(run, small, root)
+        where = self._where(run, piece, models, exact=exact)
         if found is None:
             return None
         return (
@@ -161,11 +173,6 @@ class StepGuard:
             "in the tp_plugin block trains regardless)."
         )
 
-    def _half(self) -> bool:
-        device = next(self.model.parameters()).device
-        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-        return half or torch.is_autocast_enabled(device.type)
-
     def _any(self, here: bool, group: dist.ProcessGroup | None) -> bool:
         """Whether it is so on any rank that takes part; a collective call."""
         group = dist.group.WORLD if group is None else group
@@ -173,86 +180,72 @@ class StepGuard:
         all_reduce_(flag, group, op=dist.ReduceOp.MAX, purpose="guard")
         return bool(flag)
 
-    def _tried(
-        self, model: nn.Module, run: Run, batch: Mapping[str, Any], *, sharded: bool = False, exact: bool = False
-    ) -> tuple[Seen | None, Exception | None]:
-        """What a run gives, or what it raised that is no word of ours and no lack of memory."""
-        device = next(self.model.parameters()).device
-        wide = torch.autocast(device.type, enabled=False) if exact else contextlib.nullcontext()
-        try:
-            with wide:
-                return self._seen(model, run, batch, sharded=sharded), None
-        except (TensorParallelError, torch.OutOfMemoryError):
-            raise
-        except Exception as failure:
-            return None, failure
-
-    def _difference(self, ours: Seen, plain: Seen, exact: Seen, half: bool) -> str | None:
-        if ours.keys() != exact.keys():
-            return f"it gives {', '.join(ours) or 'nothing'} here and {', '.join(exact) or 'nothing'} there"
-        for name, truth in exact.items():
-            value, kind = ours[name], "loss" if name == "loss" else "outputs"
-            if value.shape != truth.shape:
-                return f"{name} has shape {list(value.shape)} here and {list(truth.shape)} there"
-            limit = LIMITS[kind]
-            if half:
-                limit = max(HALF_LIMITS[kind], 3 * _relative(plain[name], truth))
-                limit = max(limit, ROUTED) if self.routed and kind == "outputs" else limit
-            error = _relative(value, truth)
-            if not (error <= limit or (torch.isnan(value).any() and torch.isnan(plain[name]).any())):
-                if value.numel() == 1:
-                    return f"{name} {float(value):.6g} here, {float(truth):.6g} there (allowed {limit:.1g} of it)"
-                return f"{name} by {error:.2g} of its norm (allowed {limit:.1g})"
-        return None
-
-    def _seen(self, model: nn.Module, run: Run, batch: Mapping[str, Any], *, sharded: bool = False) -> Seen:
-        """What one run gives; without gradients for the plain twin."""
+    def _seen(
+        self,
+        run: Run,
+        batch: Mapping[str, Any],
+        models: list[nn.Module],
+        *,
+        sharded: bool,
+        exact: bool,
+        watch: Callable[[nn.Module], Callable[[], object]] | None = None,
+    ) -> Seen:
+        """What one run gives; nothing is kept for a backward pass."""
         outputs: Seen = {}
         calls = 0
 
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
             nonlocal calls
             calls += 1
-            for name, value in _named_tensors(output):
-                outputs[f"{name} of forward {calls}" if calls > 1 else name] = _sample(value)
+            for name, value in named_tensors(output):
+                outputs[f"{name} of forward {calls}" if calls > 1 else name] = sample(value)
 
-        handle = model.register_forward_hook(note)
-        try:
-            with (
-                same_draws(self.model),
+        wide = torch.float32 if exact and rounds(self.model) else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(same_draws(self.model))
+            if exact:
+                stack.enter_context(exactly(models))
+            if sharded:
+                stack.enter_context(nothing_kept())
+                if wide is not None:
+                    stack.enter_context(widened(models, wide))
+                taking_part = models
+            else:
                 # ZeRO-3 fetches ahead in a forward of the sharded model; nothing may be under way when a twin reads
-                contextlib.nullcontext() if sharded else between_steps(self.model),
-                torch.set_grad_enabled(sharded and torch.is_grad_enabled()),
-            ):
-                value = run(model, _copied(batch))
-        finally:
-            handle.remove()
+                for model in models:
+                    stack.enter_context(between_steps(model))
+                stack.enter_context(torch.no_grad())
+                taking_part = [plain_twin(model, self.mesh, wide) for model in models]
+            stack.callback(taking_part[0].register_forward_hook(note).remove)
+            if watch is not None:
+                stack.callback(watch(taking_part[0]))
+            value = run(taking_part[0], copied(batch), *taking_part[1:])
         loss = value if isinstance(value, torch.Tensor) else getattr(value, "loss", None)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             return {"loss": loss.detach().float().reshape(())} | outputs
         return outputs
 
-    def _where(self, run: Run, batch: Mapping[str, Any], root: nn.Module) -> str:
+    def _where(self, run: Run, batch: Mapping[str, Any], models: list[nn.Module], *, exact: bool) -> str:
         """The first layer (an entry of a list of modules, or a child of the model) whose output's norm differs."""
         norms: list[dict[str, float]] = []
-        for sharded, model in ((True, root), (False, plain_twin(root, self.mesh))):
+
+        def watch(model: nn.Module) -> Callable[[], object]:
             seen: dict[str, float] = {}
+            norms.append(seen)
             handles = []
             for name, module in model.named_modules():
                 if name.rpartition(".")[2].isdigit() or name.count(".") <= 1:
 
-                    def note(_m: nn.Module, _a: Any, output: Any, name: str = name, seen: dict = seen) -> None:
+                    def note(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
                         first = output[0] if isinstance(output, tuple | list) and output else output
                         if type(first) in (torch.Tensor, nn.Parameter) and first.is_floating_point():
                             seen.setdefault(name, float(first.detach().float().norm()))
 
                     handles.append(module.register_forward_hook(note))
-            try:
-                self._seen(model, run, batch, sharded=sharded)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            norms.append(seen)
+            return lambda: [handle.remove() for handle in handles]
+
+        for sharded in (True, False):
+            self._seen(run, batch, models, sharded=sharded, exact=exact, watch=watch)
         mine, theirs = norms
         for name, norm in theirs.items():  # in the order in which modules finished
             if name in mine and abs(mine[name] - norm) > 0.02 * max(norm, 1e-6):
@@ -260,16 +253,19 @@ class StepGuard:
         return ""
 
     @contextlib.contextmanager
-    def _apart(self, root: nn.Module) -> Iterator[None]:
+    def _apart(self, models: list[nn.Module]) -> Iterator[None]:
         """Forwards that leave no trace: evaluation mode, nothing counted, nothing compiled."""
-        modes = [(module, module.training) for module in root.modules()]
-        compiled = [(m, m._compiled_call_impl) for m in root.modules() if m._compiled_call_impl is not None]
-        watch, self.inputs.paused = self.gradients, True
+        modules = [module for model in models for module in model.modules()]
+        modes = [(module, module.training) for module in modules]
+        compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+        counting = [self.gradients, *(vars(module).get(INPUTS) for module in modules)]
+        watching = [one for one in counting if one is not None]
         for module, _ in compiled:
             module._compiled_call_impl = None
-        if watch is not None:
-            watch.paused = True
-        root.eval()
+        for one in watching:
+            one.paused = True
+        for model in models:
+            model.eval()
         try:
             yield
         finally:
@@ -277,9 +273,8 @@ class StepGuard:
                 module.training = mode
             for module, call in compiled:
                 module._compiled_call_impl = call
-            if watch is not None:
-                watch.paused = False
-            self.inputs.paused = False
+            for one in watching:
+                one.paused = False
 
 
 def same_draws(model: nn.Module) -> contextlib.AbstractContextManager:
@@ -293,62 +288,6 @@ def guard_of(model: Any) -> StepGuard | None:
     if not isinstance(model, nn.Module):
         return None
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
-
-
-def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
-    value, truth = value.double(), truth.double()
-    floor = 0.05 if truth.numel() == 1 else 1e-6  # a loss near zero is compared as it is
-    return float((value - truth).norm() / truth.norm().clamp_min(floor))
-
-
-def _named_tensors(output: Any) -> list[tuple[str, torch.Tensor]]:
-    if isinstance(output, torch.Tensor):
-        items: list[tuple[str, Any]] = [("output", output)]
-    elif isinstance(output, Mapping):
-        items = list(output.items())
-    elif isinstance(output, tuple | list):
-        items = [(f"output {place}", item) for place, item in enumerate(output)]
-    else:
-        items = list(vars(output).items()) if dataclasses.is_dataclass(output) else []
-    return [
-        (str(name), item)
-        for name, item in items
-        if isinstance(item, torch.Tensor) and item.is_floating_point() and item.dim() <= 3
-    ]
-
-
-@torch.no_grad()
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """The last positions of each row, computed if they had not been."""
-    part = tensor[:, -POSITIONS:] if tensor.dim() == 3 else tensor[-POSITIONS:] if tensor.dim() == 2 else tensor
-    return materialise_outputs(part).detach().float().clone()
-
-
-def _slice(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first rows, and of a batch of nothing but token-wise tensors the first positions."""
-    if batch.keys() == {"args", "kwargs"}:
-        if batch["args"]:
-            return dict(batch)
-        return {"args": (), "kwargs": _slice(batch["kwargs"])}
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
-    rows = {value.shape[0] for value in tensors.values()}
-    if len(rows) != 1:
-        return dict(batch)
-    made = dict(batch) | {name: value[:ROWS] for name, value in tensors.items()}
-    lengths = {value.shape[1] for value in tensors.values() if value.dim() > 1}
-    if tensors.keys() <= TOKENWISE and len(lengths) == 1 and all(value.dim() > 1 for value in tensors.values()):
-        short = made | {name: made[name][:, :LENGTH] for name in tensors}
-        labels = short.get("labels")
-        if labels is None or bool((labels[:, 1:] != -100).any()):
-            return short
-    return made
-
-
-def _copied(batch: Any) -> Any:
-    """Containers anew, for code that takes entries out of them."""
-    if isinstance(batch, Mapping):
-        return {name: _copied(value) for name, value in batch.items()}
-    return batch
 
 
 def _is_plain(tree: Any) -> bool:

@@ -45,7 +45,7 @@ def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None =
             twin.__dict__[name] = OrderedDict() if "_hooks" in name else _moved(value, twins)
         own = vars(module)["_parameters"]
         # past ZeRO-3's dictionary, which fetches what is read from it
-        gathered = _Gathered({name: dict.__getitem__(own, name) for name in own}, read)
+        gathered = _Gathered({name: dict.__getitem__(own, name) for name in own}, read, dtype)
         twin.__dict__["_parameters"] = gathered
         if own:
             twin.register_forward_pre_hook(gathered.fill)
@@ -85,16 +85,24 @@ _DEPTH = 4  # of functions that wrap functions
 
 
 class _Gathered(dict):
-    """A module's parameters, made whole when they are read; iterating gives the shards.
+    """A module's parameters, made whole when they are read; iterating gives the shards, or stand-ins of their dtype.
 
     During the module's forward all of them are, once: how often a forward reads one may depend on its data (an expert
     that got tokens), and every reading is a collective.
     """
 
-    def __init__(self, params: dict[str, Any], read: Callable[[Any], Any]) -> None:
+    def __init__(self, params: dict[str, Any], read: Callable[[Any], Any], dtype: torch.dtype | None) -> None:
         super().__init__(params)
         self._read = read
         self._whole: dict[str, Any] = {}
+        # models ask their first parameter for the dtype and the device to work in
+        self._shown = {name: _stand_in(param, dtype) for name, param in params.items()}
+
+    def items(self) -> Any:
+        return self._shown.items()
+
+    def values(self) -> Any:
+        return self._shown.values()
 
     def __getitem__(self, name: str) -> Any:
         return self._whole[name] if name in self._whole else self._read(super().__getitem__(name))
@@ -104,6 +112,12 @@ class _Gathered(dict):
 
     def empty(self, *_: object) -> None:
         self._whole = {}
+
+
+def _stand_in(param: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or param is None or not param.is_floating_point() or param.dtype == dtype:
+        return param
+    return torch.empty(0, dtype=dtype, device=param.device)
 
 
 def _moved(value: Any, twins: dict[int, nn.Module], depth: int = 0) -> Any:

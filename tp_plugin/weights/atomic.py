@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 from tp_plugin.errors import TensorParallelError, agree
 
-_MARK = ".tp_plugin-writing-"
+MARK = ".tp_plugin-writing-"
 """Begins the names of temporary directories: the dot hides them from patterns such as ``global_step*``."""
+_ASIDE = "-replaced"
+"""Ends the name of what was in the way, while there is no exchanging."""
 
 
 @contextlib.contextmanager
@@ -28,8 +30,9 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
     """A temporary directory to write into, which becomes ``directory`` when all ranks are through. A collective call.
 
     What the body raises on any rank is raised on all of them, as one sentence, after the temporary directory was
-    removed; ``directory`` is as it was. A directory of that name is replaced whole. Temporary directories that a
-    killed job left of it are removed. Bodies may hold collectives only where no rank can fail before them alone.
+    removed; ``directory`` is as it was. A directory of that name is replaced whole; of a link to one, what it points
+    to. Temporary directories that a killed job left of it are removed, once there is no need to take ``directory`` back
+    from them (:func:`bring_back`). Bodies may hold collectives only where no rank can fail before them alone.
 
     Args:
         directory: the target; the folder it lies in is made if it is missing. The same on every rank, on one file
@@ -40,18 +43,18 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
         TensorParallelError: on every rank of ``group``.
     """
     target = Path(directory).absolute()
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     first = not dist.is_initialized() or dist.get_rank(group) == 0
-    names = [f"{_MARK}{target.name}-{secrets.token_hex(4)}"]
+    names = [f"{MARK}{target.name}-{secrets.token_hex(4)}"]
     if dist.is_initialized():
         dist.broadcast_object_list(names, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     temporary = target.parent / names[0]
     with _agreed(f"writing {str(target)!r} failed", group):
         if first:
             target.parent.mkdir(parents=True, exist_ok=True)
-            left = re.compile(re.escape(f"{_MARK}{target.name}-") + r"[0-9a-f]{8}(-replaced)?")
-            for path in target.parent.glob(f"{_MARK}*"):
-                if left.fullmatch(path.name):  # another job may be writing others
-                    shutil.rmtree(path, ignore_errors=True)
+            bring_back(target)
+            _remove_left(target)
             temporary.mkdir()
     try:
         with _agreed(f"writing {str(target)!r} failed, and what was there before is untouched", group):
@@ -63,11 +66,36 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
             if first:
                 sync(temporary)
                 _put(temporary, target)
-                sync(target.parent)
     except TensorParallelError:  # raised on all ranks: nobody writes any more
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    with _agreed(f"{str(target)!r} is whole and in its place, but the disk does not confirm it", group):
+        if first:
+            sync(target.parent)
+            _remove_left(target)
+
+
+def bring_back(target: Path) -> None:
+    """Undo a replacement that was killed halfway: ``target`` is missing, and what it was lies aside under another name.
+
+    Raises OSError.
+    """
+    if target.exists() or not target.parent.is_dir():
+        return
+    aside = [path for path in _left(target) if path.name.endswith(_ASIDE)]
+    if aside:
+        newest = max(aside, key=lambda path: path.stat().st_mtime_ns)
+        os.rename(newest, target)
+        print(f"tp_plugin: {str(target)!r} was being replaced when a job ended, and is what it was before", flush=True)
+
+
+def bring_all_back(folder: Path) -> None:
+    """:func:`bring_back` for whatever lies aside in ``folder``. Raises OSError."""
+    pattern = re.compile(re.escape(MARK) + "(.+)-[0-9a-f]{8}" + _ASIDE)
+    for path in sorted(folder.glob(f"{MARK}*{_ASIDE}")):
+        if found := pattern.fullmatch(path.name):
+            bring_back(folder / found[1])
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -108,8 +136,23 @@ def _agreed(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     agree(error, group)
 
 
+def _left(target: Path) -> list[Path]:
+    """Directories that jobs which wrote ``target`` left beside it; another job may be writing others."""
+    ours = re.compile(re.escape(f"{MARK}{target.name}-") + f"[0-9a-f]{{8}}({_ASIDE})?")
+    return [path for path in target.parent.glob(f"{MARK}*") if ours.fullmatch(path.name)]
+
+
+def _remove_left(target: Path) -> None:
+    """As far as it goes: what is in its place is whole either way."""
+    for path in _left(target):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _put(source: Path, target: Path) -> None:
-    """Rename a directory; one that is in the way is exchanged for it in one step, where the system can, and removed."""
+    """Rename a directory; one that is in the way is exchanged for it in one step, where the system can.
+
+    Otherwise it is moved aside for a moment, and back again if its place cannot be taken.
+    """
     try:
         os.rename(source, target)
         return
@@ -117,12 +160,14 @@ def _put(source: Path, target: Path) -> None:
         if not target.is_dir():
             raise
     if _exchange(source, target):
-        shutil.rmtree(source)
         return
-    aside = source.with_name(f"{source.name}-replaced")
+    aside = source.with_name(f"{source.name}{_ASIDE}")
     os.rename(target, aside)
-    os.rename(source, target)
-    shutil.rmtree(aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.state import state_of
-from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, stream
+from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, sentence_of, stream
 
 
 def full_state_dict(
@@ -31,6 +31,9 @@ def full_state_dict(
 
     Returns:
         name -> tensor, shaped as in the unsharded model, in the order of ``state_dict()``.
+
+    Raises:
+        TensorParallelError: on every rank, when one of them could not gather (out of memory, most often).
     """
     tensors = persistent(unwrapped(model_or_engine))
     if trainable_only:
@@ -50,9 +53,16 @@ def gathered(
             whole[id(tensors[output.name])] = torch.empty(output.shape, dtype=to)
         whole[id(tensors[output.name])].view(-1)[start : start + rows.numel()].copy_(rows)
 
+    model, error = unwrapped(model_or_engine), None
     with between_steps(model_or_engine):
-        mesh = mesh_of(unwrapped(model_or_engine))
-        stream(tensors, identities(tensors), mesh, replica=0, writer=0, sink=keep)
+        try:
+            stream(tensors, identities(tensors), mesh_of(model), replica=0, writer=0, sink=keep)
+        except Exception as failure:
+            if state_of(model) is None:  # a call that may be one rank's own
+                raise
+            error = f"gathering the full tensors failed: {sentence_of(failure)}"
+    if state_of(model) is not None:
+        agree(error)  # other replicas took no part, and would wait for these ranks later
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
     return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}  # one without elements is whole

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import broadcast_
+from tp_plugin.errors import agree
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import comm_device
+from tp_plugin.weights.stream import sentence_of
 from tp_plugin.weights.unread import Unread
 
 
@@ -68,11 +70,19 @@ def share_new(model: nn.Module, names: Collection[str], layouts: Mapping[str, Sh
     """Give all ranks the world's first rank's tensors of these names, which no checkpoint had, then cut them.
 
     A collective call. Ranks may have been seeded differently, and would each have drawn another head.
+
+    Raises:
+        TensorParallelError: on every rank, when one has no memory for what is sent.
     """
     tensors = dict(model.named_parameters())
     for name in [name for name in tensors if name in names]:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            sent = tensors[name].detach().to(comm_device(dist.group.WORLD)).contiguous()
+            sent, error = tensors[name].data, None
+            try:
+                sent = sent.to(comm_device(dist.group.WORLD)).contiguous()
+            except Exception as failure:  # out of memory: nobody may wait for this rank in the broadcast
+                error = f"bringing {name!r}, which the checkpoint lacks, to all ranks failed: {sentence_of(failure)}"
+            agree(error)
             broadcast_(sent, dist.group.WORLD, purpose="new parameters")
             tensors[name].data.copy_(sent)
         if name in layouts:

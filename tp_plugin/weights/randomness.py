@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+import weakref
+from pathlib import Path
 
 import numpy
 import torch
 
 _PREFIX = "rng|"
+_RESTORED: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Path, dict[str, torch.Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def generators() -> dict[str, torch.Tensor]:
@@ -49,3 +54,24 @@ def part_ways(number: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def remember(model: torch.nn.Module, directory: Path) -> None:
+    """The present states are what ``model`` has from the checkpoint ``directory``, which is of another shape.
+
+    Trainer and Accelerate keep states by the number of a process. In another shape that number is another rank's, so
+    what they put in afterwards is undone by :func:`restore_again`.
+    """
+    _RESTORED[model] = directory, generators()
+
+
+def forget(model: torch.nn.Module) -> None:
+    """There is nothing that :func:`restore_again` should restore."""
+    _RESTORED.pop(model, None)
+
+
+def restore_again(model: torch.nn.Module, folder: Path | None = None) -> None:
+    """Put the generators into the states that were remembered, if of a checkpoint in ``folder`` (None: any)."""
+    directory, states = _RESTORED.get(model, (None, {}))
+    if directory is not None and (folder is None or directory.parent.resolve() == folder.resolve()):
+        set_generators(states.get)

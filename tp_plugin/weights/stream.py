@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.collectives import gather_to
+from tp_plugin.collectives import all_reduce_, gather_to
+from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
@@ -112,22 +114,66 @@ def stream(
         compute: makes the outputs that are no view of one source.
         bucket: bytes of full tensors gathered at a time, None for :data:`BUCKET`; an output that is no
             run of rows may exceed it.
+
+    Raises:
+        TensorParallelError: on every rank of the TP group, when one of them failed before a bucket was exchanged; no
+            rank waits for one that has failed, and none goes on gathering.
+        Exception: whatever else failed, on this rank alone.
     """
     mine, made_whole = mesh.dp_rank == replica, _MadeWhole()
     failure: Exception | None = None
+    failed_somewhere = False
+    flag = torch.zeros(1, dtype=torch.int32, device=comm_device(mesh.tp_group))
     with made_whole:
         for steps in _buckets(tensors, outputs, bucket or BUCKET):
             spans = list(dict.fromkeys(span for step in steps for span in step.spans))
             made_whole.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
-            found = _fetch(tensors, spans, mesh, writer) if mine else None
+            if not mine or failed_somewhere:
+                continue
+            parcel: _Parcel | None = None
+            found: dict[Span, torch.Tensor] | None = None
             try:
-                if found is not None and failure is None:
-                    _hand_over(tensors, steps, found, sink, compute)
+                if failure is None:
+                    parcel = _pack(tensors, spans, mesh, writer)
             except Exception as failed:  # raised when the other ranks no longer wait for this one
                 failure = failed
-            del found
+            if any(_layout(tensors[span.name]) is not None for span in spans):
+                failed_somewhere = _anywhere(failure is not None, flag, mesh)
+                if failed_somewhere:
+                    continue
+                assert parcel is not None
+                gather_to(parcel.packed, mesh.tp_group, writer, parcel.received, purpose="export")
+            try:
+                if parcel is not None and mesh.tp_rank == writer:
+                    found = _unpack(tensors, spans, parcel)
+                    parcel = None  # let go of what was received
+                    _hand_over(tensors, steps, found, sink, compute)
+            except Exception as failed:
+                failure = failed
+            parcel = found = None
+    if failed_somewhere:
+        try:
+            agree(None if failure is None else sentence_of(failure), mesh.tp_group)
+        except TensorParallelError as together:
+            raise together from failure
     if failure is not None:
         raise failure
+
+
+def _anywhere(failed: bool, flag: torch.Tensor, mesh: ParallelMesh) -> bool:
+    """Whether a rank of the TP group has failed: one number a bucket, so that nobody waits for its shards."""
+    if mesh.tp_group is None:
+        return failed
+    flag.fill_(int(failed))
+    all_reduce_(flag, mesh.tp_group, op=dist.ReduceOp.MAX, purpose="export")
+    return bool(flag.item())
+
+
+def sentence_of(failure: Exception) -> str:
+    if isinstance(failure, TensorParallelError):
+        return str(failure)
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {lines[0].split('. ')[0].rstrip('.') if lines else 'no reason given'}"
 
 
 def _hand_over(
@@ -216,36 +262,50 @@ def _steps(tensors: Mapping[str, torch.Tensor], outputs: Sequence[Output], limit
         yield _Step(output, (span,), False, (span.stop - span.start) * row * output.dtype.itemsize)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parcel:
+    """What this rank sends of a bucket, and, on the writer, room for what it receives of each rank."""
+
+    cut: Mapping[Span, ShardLayout]
+    packed: torch.Tensor
+    received: Sequence[torch.Tensor]
+
+
 @torch.no_grad()
-def _fetch(
-    tensors: Mapping[str, torch.Tensor], spans: Sequence[Span], mesh: ParallelMesh, writer: int
-) -> dict[Span, torch.Tensor] | None:
-    """The full rows of each span on the CPU of the writer, None elsewhere: one collective, if any is needed."""
+def _pack(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span], mesh: ParallelMesh, writer: int) -> _Parcel:
+    """All memory that the exchange takes, and this rank's rows of each span that is cut."""
     layouts = {span: _layout(tensors[span.name]) for span in spans}
     cut = {span: layout.rows(span.start, span.stop) for span, layout in layouts.items() if layout is not None}
+    sizes = [sum(_room(span, of, tensors, rank) for span, of in cut.items()) for rank in range(mesh.tp_size)]
+    device = comm_device(mesh.tp_group)
+    packed = torch.empty(sizes[mesh.tp_rank], dtype=torch.uint8, device=device)
+    place = 0
+    for span, of in cut.items():
+        offset = place
+        for start, stop in layouts[span].local_rows(mesh.tp_rank, span.start, span.stop):  # type: ignore[union-attr]
+            piece = tensors[span.name].detach()[start:stop].contiguous().view(-1)
+            if piece.numel():
+                packed[offset : offset + piece.nbytes].copy_(piece.view(torch.uint8))
+            offset += piece.nbytes
+        place += _room(span, of, tensors, mesh.tp_rank)
+    received = []
+    if mesh.tp_rank == writer:
+        received = [packed if r == writer else packed.new_empty(size) for r, size in enumerate(sizes)]
+    return _Parcel(cut, packed, received)
+
+
+@torch.no_grad()
+def _unpack(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span], parcel: _Parcel) -> dict[Span, torch.Tensor]:
+    """The full rows of each span on the CPU, once they have been exchanged."""
+    cut = parcel.cut
     shards: dict[Span, list[torch.Tensor]] = {span: [] for span in cut}
-    if cut:
-        sizes = [sum(_room(span, of, tensors, rank) for span, of in cut.items()) for rank in range(mesh.tp_size)]
-        packed = torch.empty(sizes[mesh.tp_rank], dtype=torch.uint8, device=comm_device(mesh.tp_group))
+    for rank, received in enumerate(parcel.received):
         place = 0
         for span, of in cut.items():
-            offset = place
-            for start, stop in layouts[span].local_rows(mesh.tp_rank, span.start, span.stop):  # type: ignore[union-attr]
-                piece = tensors[span.name].detach()[start:stop].contiguous().view(-1)
-                if piece.numel():
-                    packed[offset : offset + piece.nbytes].copy_(piece.view(torch.uint8))
-                offset += piece.nbytes
-            place += _room(span, of, tensors, mesh.tp_rank)
-        everyone = gather_to(packed, mesh.tp_group, writer, sizes, purpose="export")
-        for rank, received in enumerate(everyone or []):
-            place = 0
-            for span, of in cut.items():
-                shape, dtype = of.local_shape(rank), tensors[span.name].dtype
-                data = received[place : place + math.prod(shape) * dtype.itemsize]
-                shards[span].append(data.view(dtype).view(shape))
-                place += _room(span, of, tensors, rank)
-    if mesh.tp_rank != writer:
-        return None
+            shape, dtype = of.local_shape(rank), tensors[span.name].dtype
+            data = received[place : place + math.prod(shape) * dtype.itemsize]
+            shards[span].append(data.view(dtype).view(shape))
+            place += _room(span, of, tensors, rank)
     found: dict[Span, torch.Tensor] = {}
     for span in spans:
         if span in cut:

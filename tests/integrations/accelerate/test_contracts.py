@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, memory, operations
 
 from tests.integrations.moved import assert_names_are_watched, assert_source_has
-from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, refuse
+from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, randomness, refuse
 
 
 @pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
@@ -41,6 +41,7 @@ def test_every_name_is_where_we_expect_it(part):
         (refuse, memory, "should_reduce_batch_size"),
         (mesh, Accelerator, "_prepare_deepspeed"),
         (mesh, Accelerator, "_prepare_device_mesh"),
+        (randomness, Accelerator, "load_state"),
     ],
 )
 def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):

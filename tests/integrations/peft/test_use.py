@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 
 import tp_plugin
@@ -316,6 +317,39 @@ def unreadable() -> None:
             assert list(model.peft_config) == ["default"]
 
 
+def options_of_peft() -> None:
+    """An adapter of the same name is loaded over the one there; what PEFT would then do to shards is refused first."""
+    with shared_folder() as folder:
+        tp_plugin.save_pretrained(shard(adapt(make("Llama"), "every linear")), folder)
+        wanted = load_file(folder / "adapter_model.safetensors")
+        model = peft.PeftModel.from_pretrained(shard(make("Llama")), folder)
+        held = {name: (id(param), vars(param).keys()) for name, param in model.named_parameters()}
+        for name, param in model.named_parameters():
+            param.data.mul_(0 if "lora" in name else 1)
+
+        def refused(says: str, call, *args, **options) -> None:
+            with pytest.raises(tp_plugin.TensorParallelError, match=says):
+                call(*args, **options)
+
+        state = load_peft_weights(folder, device="cpu")
+        empty = {"low_cpu_mem_usage": True}
+        mismatched = {"ignore_mismatched_sizes": True}
+        for options, says in ((empty, "low_cpu_mem_usage=True"), (mismatched, "ignore_mismatched_sizes=True")):
+            refused(says, model.load_adapter, folder, "default", **options)
+            refused(says, model.load_adapter, folder, "new", **options)
+            refused(says, peft.set_peft_model_state_dict, model, state, **options)
+            other = shard(make("Llama"))
+            refused(says, peft.PeftModel.from_pretrained, other, folder, **options)
+            assert not any("lora" in name for name, _ in other.named_parameters())
+        assert list(model.peft_config) == ["default"]
+        model.load_adapter(folder, "default")
+        assert held == {name: (id(param), vars(param).keys()) for name, param in model.named_parameters()}
+        tp_plugin.save_pretrained(model, folder / "again")
+        again = load_file(folder / "again" / "adapter_model.safetensors")
+        assert again.keys() == wanted.keys()
+        assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
 # ---- several adapters, dropout, collectives --------------------------------------------------------------------------
 
 
@@ -579,7 +613,7 @@ RIGHT = (
     *("saves_zero_1", "saves_zero_3", "saves_experts", "saves_scales", "saves_prompt", "saves_dora", "merges"),
     *("merges_dora", "full_state", "by_transformers", "switches", "drops_out", "seeded_by_rank", "collectives"),
     *("keeps_the_base", "state_dicts", "counts", "decides_once", "unreadable", "combines", "scales_shared_rows"),
-    *("samples_words", "twins"),
+    *("samples_words", "twins", "options_of_peft"),
 )
 
 

@@ -23,6 +23,7 @@ from tp_plugin.integrations.transformers import (
     generate,
     loading,
     parameters,
+    randomness,
     rates,
     reading,
     record,
@@ -61,6 +62,7 @@ def test_every_name_is_where_we_expect_it(part):
         (parameters, trainer, "get_model_param_count"),
         (parameters, Trainer, "get_num_trainable_parameters"),
         (parameters, Trainer, "floating_point_ops"),
+        (randomness, Trainer, "_load_rng_state"),
         (rates, trainer, "speed_metrics"),
         (rates, Trainer, "evaluate"),
         (rates, Trainer, "predict"),
@@ -89,6 +91,12 @@ def test_trainer_takes_evaluation_steps_to_be_as_wide_as_the_world():
     for method in (Trainer.evaluate, Trainer.predict):
         assert_source_has(method, "total_batch_size = self.args.eval_batch_size * self.args.world_size", why)
         assert_source_has(method, "num_steps=math.ceil(output.num_samples / total_batch_size)", why)
+
+
+def test_trainer_files_random_states_by_process():
+    why = "transformers/randomness.py undoes it where the shape has changed"
+    assert_source_has(Trainer._load_rng_state, 'f"rng_state_{process_index}.pth"', why)
+    assert_source_has(Trainer._run_epoch, "self._load_rng_state(resume_from_checkpoint)", why)
 
 
 def test_trainer_sums_floating_point_operations_over_the_world():

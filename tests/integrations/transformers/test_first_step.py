@@ -1,18 +1,26 @@
-"""What Trainer's training goes through before the guard of the first step compares anything."""
+"""What Trainer's training goes through before and while the guard of the first step compares."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments, training_args
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tp_plugin
 from integration.scripts import tiny
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.trainings import config_of
+from tests.verify.test_first_step import compared
 from tp_plugin.verify.first_step import guard_of
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+UNCHECKED = "could not be computed again without tensor parallelism"
 
 
 class SeedsOfTheirOwn(TrainerCallback):
@@ -23,40 +31,53 @@ class SeedsOfTheirOwn(TrainerCallback):
             torch.manual_seed(dist.get_rank())
 
 
-class OtherRows(tiny.Samples):
-    def __getitem__(self, index):
-        return super().__getitem__((index + dist.get_rank()) % self.count)
-
-
-def trainer_of(samples) -> Trainer:
+def trainer_of(samples, kind=Trainer, stage=1, attention=None, **options):
     """A trainer of a model with dropout, whose ranks have random generators of their own."""
     tp_plugin.register()
     model = tiny.model()
     model.config.attention_dropout = 0.2
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.2
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    # transformers has it on GPUs only, unless asked for plain CPU training without DeepSpeed
+    training_args.is_torch_bf16_gpu_available = lambda: True
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), deepspeed=config_of(1), per_device_train_batch_size=4, max_steps=2,
-        report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
+        output_dir=tempfile.mkdtemp(), deepspeed=config_of(stage), bf16=attention is not None,
+        per_device_train_batch_size=4, max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no",
+        logging_steps=1, **options.pop("arguments", {}),
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=samples)
+    trainer = kind(model=model, args=arguments, train_dataset=samples, **options)
     trainer.add_callback(SeedsOfTheirOwn())
     return trainer
 
 
-def compared():
-    """Losses of two steps, and whether the guard ran."""
-    trainer = trainer_of(tiny.Samples(8))
-    trainer.train()
-    guard = guard_of(trainer.model)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], guard.due[True]
+def trained(*args, **options):
+    """(what the guard compared, what was said on stderr, the trainer) of two steps."""
+    seen = {}
+    with contextlib.redirect_stderr(io.StringIO()) as said, compared(seen):
+        trainer = trainer_of(tiny.Samples(16), *args, **options)
+        trainer.train()
+    assert not guard_of(trainer.model).due[True]
+    return seen, said.getvalue(), trainer
+
+
+class OtherRows(tiny.Samples):
+    def __getitem__(self, index):
+        return super().__getitem__((index + dist.get_rank()) % self.count)
+
+
+def losses():
+    seen, said, trainer = trained()
+    return seen, said, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_generators_are_brought_in_step_first():
-    (losses, due), other = on_ranks(2, compared, env={"ACCELERATE_USE_DEEPSPEED": "true"})
-    assert other == (losses, due)
-    assert len(losses) == 2
-    assert not due
+    (seen, said, found), other = on_ranks(2, losses, env=DEEPSPEED)
+    assert found == other[2]
+    assert len(found) == 2
+    assert max(seen["loss"], seen["logits"]) < 1e-5
+    assert UNCHECKED not in said
 
 
 def other_batches():
@@ -64,5 +85,100 @@ def other_batches():
 
 
 def test_other_rows_on_one_rank_are_named_before_anything_is_computed():
-    errors = errors_on_ranks(2, other_batches, env={"ACCELERATE_USE_DEEPSPEED": "true"})
+    errors = errors_on_ranks(2, other_batches, env=DEEPSPEED)
     assert all("got different batches" in error for error in errors)
+
+
+class Keeping(Trainer):
+    """A loss that keeps a record, logs, and writes into its inputs."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.record = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert num_items_in_batch is not None
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.record.append(len(inputs["input_ids"]))
+        self._last = loss * 1
+        self.log({"mine": float(loss)})
+        inputs["labels"].fill_(-100)
+        return loss / num_items_in_batch
+
+
+def keeping():
+    seen, said, trainer = trained(Keeping)
+    own = [entry for entry in trainer.state.log_history if "mine" in entry]
+    return (
+        seen,
+        said,
+        trainer.record,
+        len(own),
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    )
+
+
+def test_a_loss_of_ones_own_is_given_all_and_leaves_no_trace():
+    for seen, said, record, own, found in on_ranks(2, keeping, env=DEEPSPEED):
+        assert UNCHECKED not in said
+        assert max(seen["loss"], seen["logits"]) < 1e-5
+        assert record == [4, 4]
+        assert own == 2
+        assert all(loss > 0 for loss in found), "labels of the training batch were written over"
+
+
+class Gathering(Trainer):
+    """On the first replica the loss of a piece of a batch fails before all replicas exchange a number."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if dist.get_rank() < 2 and len(inputs["input_ids"]) < 4:
+            raise ValueError("image features and image tokens do not match")
+        self.accelerator.gather_for_metrics(loss.detach())
+        return loss
+
+
+def gathering():
+    seen, said, _ = trained(Gathering)
+    return seen, said
+
+
+def test_a_loss_that_gathers_and_fails_on_one_replica_hangs_nobody():
+    for seen, said in on_ranks(4, gathering, env=DEEPSPEED, timeout_s=120):
+        assert UNCHECKED not in said, "the whole batch can be computed"
+        assert max(seen["loss"], seen["logits"]) < 1e-5
+
+
+def half_only(module, query, key, value, *args, **kwargs):
+    """As FlashAttention, which is no kernel for single precision."""
+    if query.dtype == torch.float32:
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 data types")
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def half(stage, wrong):
+    AttentionInterface.register("half_only", half_only)
+    try:
+        if wrong:
+            hook = lambda _m, _a, output: output * 1.5  # noqa: E731
+            torch.nn.modules.module.register_module_forward_hook(
+                lambda m, a, out: hook(m, a, out) if type(m).__name__ == "RowParallelLinear" else None
+            )
+        seen, said, trainer = trained(stage=stage, attention="half_only")
+        return seen, said, trainer.model.config._attn_implementation
+    finally:
+        AttentionInterface._global_mapping.pop("half_only", None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_attention_in_half_precision_only_is_put_aside(stage):
+    for seen, said, attention in on_ranks(2, half, stage, False, env=DEEPSPEED):
+        assert UNCHECKED not in said
+        assert max(seen["loss"], seen["logits"]) < 1e-5
+        assert "coarse loss" in seen
+        assert attention == "half_only"
+
+
+def test_and_what_is_wrong_beside_it_is_caught():
+    errors = errors_on_ranks(2, half, 1, True, env=DEEPSPEED)
+    assert all("computed again without tensor parallelism differs: loss" in error for error in errors)

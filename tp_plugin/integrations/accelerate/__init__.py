@@ -1,13 +1,14 @@
 """Accelerate, under our slot: samples counted once, full state dicts, DeepSpeed on CPU, refusals before training.
 
-Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1.
+Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1, but
+``randomness``, which asks whether the shape has changed.
 """
 
-from tp_plugin.integrations.accelerate import collect, counting, cpu, dispatch, export, mesh, refuse
+from tp_plugin.integrations.accelerate import collect, counting, cpu, dispatch, export, mesh, randomness, refuse
 from tp_plugin.integrations.contract import Patches
 
 _PATCHES = Patches()
-_PARTS = (collect, counting, cpu, dispatch, export, mesh, refuse)
+_PARTS = (collect, counting, cpu, dispatch, export, mesh, randomness, refuse)
 
 
 def install() -> None:

@@ -7,6 +7,7 @@ layouts which ranges it needs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.deepspeed import held, restore, store
 from tp_plugin.sharding import state_of
 from tp_plugin.verify.first_step import guard_of
-from tp_plugin.weights.atomic import write_file, written_whole
+from tp_plugin.weights.atomic import bring_back, write_file, written_whole
 from tp_plugin.weights.manifest import FILE
 from tp_plugin.weights.stream import between_steps
 from tp_plugin.weights.whole import LATEST, LATEST_GOOD, candidates, examine_together, newest_whole
@@ -201,9 +202,13 @@ def _look(folder: Path, tag: str | None, needed: bool) -> list[Any]:
         if not latest.is_file():
             if needed and candidates(folder):
                 return [None, f"{str(folder)!r} has no file {LATEST!r}, so no save was completed there."]
+            if needed:
+                print(f"tp_plugin: no checkpoint in {str(folder)!r}: training begins anew", flush=True)
             return [None, None]
         tag = latest.read_text(errors="replace").strip()
     path = folder / str(tag)
+    with contextlib.suppress(OSError):  # a folder that is read-only
+        bring_back(path)
     if (path / FILE).is_file():
         return [path, None]
     if not needed:

@@ -112,11 +112,12 @@ def flats(engine: Any, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
 
 
 def _plain(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[list[Flat], list[Held]]:
+    """Stage 0. A frozen parameter in a group is none of the optimizer's, as ZeRO has it, unless it was trained once."""
     found = [
         Flat(index, param, optimizer.state.get(param, {}), (names[id(param)],))
         for index, group in enumerate(optimizer.param_groups)
         for param in group["params"]
-        if id(param) in names
+        if id(param) in names and (param.requires_grad or optimizer.state.get(param))
     ]
     return found, [Held(flat.names[0], flat, 0, 0, flat.tensor.numel()) for flat in found]
 

@@ -105,7 +105,8 @@ def _offloaded(original: Callable[..., Any]) -> Callable[..., Any]:
             buffers = getattr(self, "fp32_partitioned_groups_flat", None) or self.single_partition_of_fp32_groups
             piece = buffers[group].grad.view(-1).narrow(0, int(start), int(count))
             owned = _owned(piece, param, self.model_parallel_rank, _offset_of(self, params, index))
-            self.norm_for_param_grads[key] = torch.linalg.vector_norm(owned.float())
+            where = self.norm_for_param_grads[key].device  # the buffers are the CPU's, and the sum may not be
+            self.norm_for_param_grads[key] = torch.linalg.vector_norm(owned.float()).to(where)
         return original(self, params)
 
     return complete_grad_norm_calculation_for_cpu_offload

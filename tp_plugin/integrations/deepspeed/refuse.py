@@ -9,22 +9,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.integrations.deepspeed.optimizers import refuse_optimizer
 from tp_plugin.mesh import ParallelMesh, check_world
 from tp_plugin.sharding import state_of
-
-NOT_ELEMENTWISE = (
-    *("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac", "lomo", "adammini", "sm3"),
-    *("prodigy", "dadapt", "dion", "came", "lorafa"),
-)
-"""Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
-ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
 
 
 def refuse_before_engine(arguments: Mapping[str, Any], options_of: Callable[[dict], TensorParallelConfig]) -> None:
@@ -105,7 +98,7 @@ def _refuse_config(config: Mapping[str, Any], tp: int, arguments: Mapping[str, A
             raise TensorParallelError(
                 f"{key} to NVMe is not supported under tensor parallelism; set its device to cpu, which is."
             )
-    _refuse_optimizer(config, arguments.get("optimizer"))
+    refuse_optimizer(config, arguments.get("optimizer"))
     has_optimizer = arguments.get("optimizer") is not None or config.get("optimizer") is not None
     if _number(zero.get("stage")) == 0 and has_optimizer:
         for name in ("fp16", "bf16", "bfloat16"):
@@ -168,26 +161,6 @@ def _initialise(arguments: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
-    names = [str((config.get("optimizer") or {}).get("type", ""))]
-    if client is not None:
-        optimizer = getattr(client, "optimizer", client)  # accelerate wraps
-        names += (
-            [kind.__name__ for kind in type(optimizer).__mro__] if isinstance(optimizer, torch.optim.Optimizer) else []
-        )
-    for name in names:
-        plain = name.lower().replace("_", "")
-        if plain in ONE_BIT:
-            raise TensorParallelError(
-                f"the 1-bit optimizer {name} compresses over ranks that hold different shards; use AdamW."
-            )
-        if any(kind in plain for kind in NOT_ELEMENTWISE):
-            raise TensorParallelError(
-                f"the optimizer {name} looks at whole weight matrices and would see shards of them; use an elementwise "
-                "one (AdamW, Adam, SGD, Lion, Adagrad)."
-            )
-
-
 def refuse_in_engine(engine: Any, model: nn.Module, tp: int) -> None:
     """Check again in the slot, with what only the engine knows; a collective call, raises on every rank together.
 
@@ -208,9 +181,15 @@ def refuse_in_engine(engine: Any, model: nn.Module, tp: int) -> None:
 
 
 def refuse_after_engine(engine: Any) -> None:
-    """Check the optimizer that a callable has made in the meantime."""
-    if state_of(getattr(engine, "module", None)) is not None:
-        _refuse_optimizer({}, getattr(engine, "basic_optimizer", None))
+    """Check the optimizer that a callable or the config has made in the meantime; a collective call."""
+    if state_of(getattr(engine, "module", None)) is None:
+        return
+    error = None
+    try:
+        refuse_optimizer({}, getattr(engine, "basic_optimizer", None))
+    except TensorParallelError as refused:
+        error = str(refused)
+    agree(error)
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

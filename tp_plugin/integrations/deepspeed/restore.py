@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.integrations.deepspeed import held
+from tp_plugin.integrations.deepspeed import alike, held
 from tp_plugin.integrations.deepspeed.store import COUNTERS, KEPT_OF_GROUPS, layout_of, named, refuse_other_parallelism
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.gather import mesh_of, unwrapped
 from tp_plugin.weights.manifest import WEIGHT, Manifest, decode
-from tp_plugin.weights.randomness import part_ways, set_generators
+from tp_plugin.weights.randomness import forget, part_ways, remember, set_generators
 
 HOW_IT_COMPUTES = ("foreach", "fused", "capturable", "differentiable")
 """Options of a parameter group that say how and not what: this engine's own are kept."""
+WHAT_IT_IS = ("decoupled_weight_decay",)
+"""Options that say which optimizer it is (Adam or AdamW): never taken from a checkpoint."""
 
 
 def read(
@@ -108,14 +110,18 @@ class _Loading:
             raise TensorParallelError(
                 f"the checkpoint {where!r} was saved without an optimizer; load it with load_optimizer_states=False."
             )
-        ours = type(self.base).__name__
-        if saved["class"] != ours and not ("adam" in saved["class"].lower() and "adam" in ours.lower()):
+        different = alike.difference(saved, self.base)
+        if different is not None:
             raise TensorParallelError(
-                f"the checkpoint {where!r} holds the state of {saved['class']} and this engine's optimizer is {ours}; "
-                "use the same, or load with load_optimizer_states=False."
+                f"the checkpoint {where!r} holds the state of {different}; use the same, or load with "
+                "load_optimizer_states=False."
             )
         groups = list(held.group_names(self.engine, self.flats))
-        if [set(names) for _, names in groups] != [set(group["names"]) for group in saved["groups"]]:
+        ours = {name for _, names in groups for name in names}
+        ours |= {name for name, tensor in self.params.items() if tensor.requires_grad}
+        # stage 0 used to list frozen parameters as well
+        theirs = [{name for name in group["names"] if name in ours} for group in saved["groups"]]
+        if [set(names) for _, names in groups] != theirs:
             raise TensorParallelError(
                 f"the checkpoint {where!r} has {len(saved['groups'])} parameter groups and this optimizer "
                 f"{len(groups)}, or other parameters in them; make the optimizer as it was made before, or load with "
@@ -162,7 +168,8 @@ class _Loading:
         """The optimizer's state of every flat tensor; what the checkpoint has none of begins anew."""
         if self.base is None:
             return
-        kinds = self.manifest.optimizer["elementwise"]
+        kinds = alike.state_names(self.manifest.optimizer, self.base)
+        same = alike.is_same(self.manifest.optimizer, self.base)
         pieces: dict[int, list[held.Held]] = {}
         for piece in self.pieces:
             pieces.setdefault(id(piece.flat), []).append(piece)
@@ -173,22 +180,23 @@ class _Loading:
                 continue
             before, state = dict(flat.state), self.base.state[flat.tensor]
             state.clear()
-            for kind in kinds:
+            for kind, own in kinds.items():
                 dtype = next((self.fragments.dtype(kind, n) for n in known if self.fragments.has(kind, n)), None)
                 if dtype is None:
                     continue
-                kept: Any = before.get(kind)
+                kept: Any = before.get(own)
                 fits = isinstance(kept, torch.Tensor) and kept.shape == flat.tensor.shape
-                state[kind] = kept.zero_() if fits else torch.zeros_like(flat.tensor, dtype=dtype)
+                state[own] = kept.zero_() if fits else torch.zeros_like(flat.tensor, dtype=dtype)
                 for piece in pieces.get(id(flat), ()):
                     if self.fragments.has(kind, piece.name):
                         stop = piece.start + piece.numel
-                        piece.of(state[kind]).copy_(self.flat(kind, piece.name, piece.start, stop))
+                        piece.of(state[own]).copy_(self.flat(kind, piece.name, piece.start, stop))
             scalars = self.decoded(self.scalars[known[0]])
             device = flat.tensor.device
             state |= {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in scalars.items()}
             if held.STEP in scalars:
-                state[held.STEP] = steps_of(self.base, self.base.param_groups[flat.group], device, scalars[held.STEP])
+                group = self.base.param_groups[flat.group]
+                state[held.STEP] = steps_of(self.base, group, device, scalars[held.STEP], same=same)
 
     def masters(self) -> None:
         """The model's weights follow the master weights; a collective call."""
@@ -204,7 +212,7 @@ class _Loading:
             return
         for group, saved in zip(self.base.param_groups, self.manifest.optimizer["groups"], strict=True):
             for key, value in self.decoded(saved["options"]).items():
-                if key not in KEPT_OF_GROUPS and not (key in HOW_IT_COMPUTES and key in group):
+                if key not in (*KEPT_OF_GROUPS, *WHAT_IT_IS) and not (key in HOW_IT_COMPUTES and key in group):
                     group[key] = value
 
     def randomness(self) -> None:
@@ -217,6 +225,11 @@ class _Loading:
                 set_generators(lambda key, index=index: self.fragments.extra(key, index))
         if self.mesh.dp_rank >= self.manifest.dp:
             part_ways(self.mesh.dp_rank)
+        model = unwrapped(self.engine.module)
+        if same:
+            forget(model)
+        else:
+            remember(model, self.directory)
 
     def counters(self) -> None:
         """Steps, samples and the loss scale."""
@@ -245,16 +258,19 @@ class _Loading:
         )
 
 
-def steps_of(optimizer: Any, group: Mapping[str, Any], device: torch.device, steps: Any) -> Any:
-    """Steps as ``optimizer`` counts them: DeepSpeed's in a number, torch's in a tensor.
+def steps_of(optimizer: Any, group: Mapping[str, Any], device: torch.device, steps: Any, *, same: bool) -> Any:
+    """Steps as ``optimizer`` counts them: in the type they were saved in, if that was by the ``same`` class.
 
-    That tensor lies on the CPU unless the group is ``fused`` or ``capturable``, whose kernels want it beside the
-    parameter, on ``device`` (see ``torch.optim.Optimizer.load_state_dict``).
+    Otherwise DeepSpeed's in a number, torch's in a tensor. A tensor lies on the CPU unless the group is ``fused`` or
+    ``capturable``, whose kernels want it beside the parameter, on ``device`` (see
+    ``torch.optim.Optimizer.load_state_dict``).
     """
-    if type(optimizer).__module__.startswith("deepspeed"):
-        return int(steps)
-    steps = torch.as_tensor(steps, dtype=torch.float32)
-    return steps.to(device) if group.get("fused") or group.get("capturable") else steps
+    if not same:
+        of_deepspeed = type(optimizer).__module__.startswith("deepspeed")
+        steps = int(steps) if of_deepspeed else torch.as_tensor(steps, dtype=torch.float32)
+    if not isinstance(steps, torch.Tensor):
+        return steps
+    return steps.to(device if group.get("fused") or group.get("capturable") else "cpu")
 
 
 def set_loss_scale(scaler: Any, saved: Mapping[str, Any]) -> None:

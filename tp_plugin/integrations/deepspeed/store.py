@@ -13,11 +13,11 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.integrations.deepspeed import held
+from tp_plugin.integrations.deepspeed import alike, held
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.atomic import write_file
+from tp_plugin.weights.atomic import MARK, write_file
 from tp_plugin.weights.container import dtype_name, write_tensors
 from tp_plugin.weights.fragments import fragment_key
 from tp_plugin.weights.gather import mesh_of, unwrapped
@@ -58,7 +58,10 @@ def layout_of(tensor: torch.Tensor, mesh: ParallelMesh) -> ShardLayout:
 
 
 def write(engine: Any, directory: Path, client_state: dict, exclude_frozen: bool) -> None:
-    """Every rank writes its file into ``directory``, and the first the manifest, last. A collective call."""
+    """Every rank writes its file into ``directory``, and the first the manifest, last. A collective call.
+
+    ``client_state`` of other ranks than the first is not looked at.
+    """
     error, manifest = None, None
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -66,9 +69,9 @@ def write(engine: Any, directory: Path, client_state: dict, exclude_frozen: bool
         mesh = mesh_of(unwrapped(engine.module))
         tensors, manifest = _content(engine, mesh, client_state, exclude_frozen)
     except TensorParallelError as refused:
-        error = str(refused)
-    except ValueError as refused:
-        error = f"the checkpoint cannot be written: {refused}."
+        error = str(refused).rstrip(".")
+    except Exception as failure:  # whatever it was: the other ranks are waiting
+        error = f"the checkpoint cannot be written: {type(failure).__name__}: {failure}".rstrip(".").replace("\n", " ")
     agree(error)
     assert manifest is not None
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -93,7 +96,7 @@ def write(engine: Any, directory: Path, client_state: dict, exclude_frozen: bool
 
 
 def _tag(directory: Path) -> str:
-    return directory.name.removeprefix(".tp_plugin-writing-").rpartition("-")[0]
+    return directory.name.removeprefix(MARK).rpartition("-")[0]
 
 
 def _content(
@@ -142,6 +145,7 @@ def _content(
         for name, tensor in params.items()
     }
     first: dict[str, torch.Tensor] = {}  # the first rank's alone
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
     manifest = Manifest(
         tp=mesh.tp_size,
         dp=mesh.dp_size,
@@ -154,12 +158,12 @@ def _content(
         scheduler=None if engine.lr_scheduler is None
         else encode(engine.lr_scheduler.state_dict(), first, "the learning rate scheduler's state"),
         scaler=_scaler(engine, first),
-        client=encode(client_state, first, "client_state"),
+        client=encode(client_state if is_first else None, first, "client_state"),
         model=_model(engine),
         files={},
         versions=_versions(),
     )  # fmt: skip
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first:
         tensors |= first
     return tensors | generators(), manifest
 
@@ -195,7 +199,7 @@ def _optimizer(engine: Any, flats: list[held.Flat], tensors: dict[str, torch.Ten
             }
         )
     return {
-        "class": type(base).__name__,
+        **alike.described(base),
         "elementwise": sorted({key for flat in flats for key in flat.elementwise()}),
         "stateless": [name for flat in flats if not flat.state for name in flat.names],
         "groups": described,

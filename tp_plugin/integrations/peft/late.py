@@ -21,7 +21,7 @@ from torch import nn
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract, out_of_range
 from tp_plugin.integrations.peft import allowed
-from tp_plugin.integrations.peft.lay import lay
+from tp_plugin.integrations.peft.lay import EMPTY, lay
 from tp_plugin.layers import sum_partial_gradient
 from tp_plugin.layout import ShardLayout
 from tp_plugin.loss import VocabShard
@@ -83,7 +83,7 @@ def _inject_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _empty(fresh: Mapping[str, nn.Parameter]) -> str | None:
     if any(param.is_meta for param in fresh.values()):
-        return "low_cpu_mem_usage=True makes adapters without values, which a sharded model cannot take; leave it off."
+        return EMPTY
     return None
 
 

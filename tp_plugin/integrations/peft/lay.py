@@ -14,6 +14,7 @@ from peft.tuners import ia3, lora
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from tp_plugin.errors import TensorParallelError
 from tp_plugin.integrations.peft.dora import ShardedDora
 from tp_plugin.integrations.peft.wrappers import tuners_of, twins_of, wrapped, wrappers_of
 from tp_plugin.layers import (
@@ -32,6 +33,11 @@ from tp_plugin.layers import (
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.adapters import cut, note
+
+EMPTY = (
+    "low_cpu_mem_usage=True (or assign=True) puts new parameters into the places of those that a sharded model has and "
+    "that know how they lie; leave it off."
+)
 
 
 class VocabParallelLoraEmbedding(lora.Embedding):
@@ -190,7 +196,9 @@ def take_full_tensors(module: nn.Module, mesh: ParallelMesh) -> None:
         return
     module.tp_takes_full = True  # type: ignore[assignment]
 
-    def shard(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    def shard(module: nn.Module, state: dict, prefix: str, metadata: dict, *_: object) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise TensorParallelError(EMPTY)
         for name, param in module.named_parameters(recurse=False):
             layout: ShardLayout | None = getattr(param, "tp_layout", None)
             given = state.get(f"{prefix}{name}")

@@ -6,16 +6,19 @@ transformers' own loader puts a new parameter into the place of each it loads, w
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import save_and_load
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.integrations.peft.lay import EMPTY
 from tp_plugin.sharding import state_of
 
 
@@ -26,6 +29,8 @@ def check_contracts() -> None:
     contract(PeftModel, "from_pretrained", ["model", "model_id"], why)
     contract(PeftModel, "load_adapter", ["model_id", "adapter_name"], why)
     contract(PeftModel, "_split_kwargs", ["kwargs"], why)
+    mismatched = ["model", "peft_model_state_dict", "ignore_mismatched_sizes"]
+    contract(save_and_load, "_find_mismatched_keys", mismatched, "it would compare full tensors with shards")
 
 
 def install(patches: Patches) -> None:
@@ -33,6 +38,7 @@ def install(patches: Patches) -> None:
     patches.replace(PeftAdapterMixin, "load_adapter", _load_adapter_method)
     patches.replace(PeftModel, "from_pretrained", _from_pretrained_method)
     patches.replace(PeftModel, "load_adapter", _peft_load_adapter_method)
+    patches.replace(save_and_load, "_find_mismatched_keys", _find_mismatched_function)
 
 
 def _load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,24 +84,55 @@ def _load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _from_pretrained_method(original: Any) -> Any:
     """PEFT puts the adapter in between reading its config and its weights."""
+    signature = inspect.signature(original.__func__)
 
     @functools.wraps(original.__func__)
     def from_pretrained(cls: type[PeftModel], model: nn.Module, model_id: Any, *args: Any, **options: Any) -> Any:
         if state_of(model) is not None:
-            agree(_unreadable(model_id, options))
+            agree(
+                _unsupported(signature.bind(cls, model, model_id, *args, **options)) or _unreadable(model_id, options)
+            )
         return original.__func__(cls, model, model_id, *args, **options)
 
     return classmethod(from_pretrained)
 
 
 def _peft_load_adapter_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
-        if state_of(self) is not None and adapter_name not in self.peft_config:
-            agree(_unreadable(model_id, options))
+        if state_of(self) is not None:
+            error = _unsupported(signature.bind(self, model_id, adapter_name, *args, **options))
+            if error is None and adapter_name not in self.peft_config:
+                error = _unreadable(model_id, options)
+            agree(error)
         return original(self, model_id, adapter_name, *args, **options)
 
     return load_adapter
+
+
+def _find_mismatched_function(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _find_mismatched_keys(model: nn.Module, state: dict, ignore_mismatched_sizes: bool = False) -> Any:
+        if ignore_mismatched_sizes and state_of(model) is not None:
+            raise TensorParallelError(_MISMATCHED)
+        return original(model, state, ignore_mismatched_sizes)
+
+    return _find_mismatched_keys
+
+
+_MISMATCHED = (
+    "ignore_mismatched_sizes=True compares the adapter's full tensors with this rank's shards and would leave "
+    "them out; load with it before sharding."
+)
+
+
+def _unsupported(call: inspect.BoundArguments) -> str | None:
+    given = {**call.arguments, **call.arguments.get("kwargs", {})}
+    if given.get("low_cpu_mem_usage"):
+        return EMPTY
+    return _MISMATCHED if given.get("ignore_mismatched_sizes") else None
 
 
 def _unreadable(where: Any, options: dict[str, Any]) -> str | None:

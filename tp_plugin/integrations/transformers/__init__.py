@@ -11,6 +11,7 @@ from tp_plugin.integrations.transformers import (
     loading,
     parameters,
     push,
+    randomness,
     rates,
     reading,
     record,
@@ -19,7 +20,7 @@ from tp_plugin.integrations.transformers import (
 )
 
 _PATCHES = Patches()
-_PARTS = (loading, first_step, export, generate, parameters, push, rates, reading, record, refuse, tokens)
+_PARTS = (loading, first_step, export, generate, parameters, push, randomness, rates, reading, record, refuse, tokens)
 
 
 def install() -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_contracts() -> None:
     contract(PreTrainedModel, "get_parameter_or_buffer", ["target"], "it looks for tied weights")
     contract(PreTrainedModel, "_hf_peft_config_loaded", None, "add_adapter says by it that only adapters are saved")
     contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
-    contract(hub, "create_and_tag_model_card", ["repo_id"], "push_to_hub makes its model card")
+    contract(hub, "create_and_tag_model_card", ["repo_id", "tags"], "push_to_hub makes its model card")
 
 
 def install(patches: Patches) -> None:
@@ -74,6 +75,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     options.pop("is_main_process", None)
     staging, files = directory / f".saving-{secrets.token_hex(4)}", Files()
     error: str | None = None
+    written: list[str] = []
     if first:
         try:
             staging.mkdir(parents=True)
@@ -86,7 +88,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
         agree(_written(model_or_engine, model, staging, files))
         if first:
             try:
-                publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
+                written = publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
             except Exception as failure:
                 error = _sentence(directory, failure)
         agree(error)
@@ -98,7 +100,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     if push.get("push_to_hub"):
         if first:
             try:
-                _push(model, directory, push)
+                _push(model, directory, written, push)
             except Exception as failure:
                 error = f"{str(directory)!r} is written, pushing it failed: {type(failure).__name__}: {failure}"
         agree(error)
@@ -108,7 +110,8 @@ _HUB_OPTIONS = ("repo_id", "token", "commit_message", "create_pr", "private", "r
 
 
 def _sentence(directory: Path, failure: Exception) -> str:
-    return f"writing {str(directory)!r} failed: {type(failure).__name__}: {failure}"
+    what = failure if isinstance(failure, TensorParallelError) else f"{type(failure).__name__}: {failure}"
+    return f"writing {str(directory)!r} failed: {what}"
 
 
 def from_first(value: Any) -> Any:
@@ -222,11 +225,14 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
     return [(replica, rank) for rank, replica, sees in sorted(everyone) if sees]
 
 
-def publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> None:
+def publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> list[str]:
     """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves.
 
     ``weights`` are moved by name: other hosts wrote them, and this one's listing of the directory may be older. Where
     a model has adapters of transformers' ``add_adapter`` only those were written, and a model in ``directory`` stays.
+
+    Returns:
+        what was moved, relative to ``directory``.
 
     Raises:
         OSError: one of them is missing; nothing in ``directory`` was touched.
@@ -247,25 +253,27 @@ def publish(staging: Path, directory: Path, weights: set[str], variant: str | No
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / path, target)
     sync(directory)
+    return [path.as_posix() for path in fresh]
 
 
 _CONFIGS = ("adapter_config.json", "config.json")
 
 
-def _push(model: Any, directory: Path, options: Mapping[str, Any]) -> None:
-    """Upload the directory's files of a model, as transformers' own ``push_to_hub=True`` does."""
+def _push(model: Any, directory: Path, files: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Upload what was written, and a model card, as transformers' own ``push_to_hub=True`` does."""
     from huggingface_hub import HfApi
 
-    token = options.get("token")
+    token, tags = options.get("token"), options.get("tags") or []
+    tags = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags)]
     api = HfApi(token=token)
     name = options.get("repo_id") or directory.name
     repo = api.create_repo(name, exist_ok=True, private=options.get("private")).repo_id
-    hub.create_and_tag_model_card(repo, model.model_tags, token=token).save(directory / "README.md")
+    card = hub.create_and_tag_model_card(repo, list(dict.fromkeys(tags)) or None, token=token)
+    card.save(directory / "README.md")
     api.upload_folder(
         repo_id=repo,
         folder_path=directory,
-        allow_patterns=["*.safetensors", "*.index.json", "config.json", "generation_config.json", "*.py", "README.md"],
-        ignore_patterns=["*/*"],
+        allow_patterns=[glob.escape(file) for file in (*files, "README.md")],
         commit_message=options.get("commit_message") or "Upload model",
         commit_description=options.get("commit_description"),
         create_pr=options.get("create_pr", False),

@@ -201,8 +201,10 @@ class Load:
         with self.together(), torch.no_grad():
             share_new(model, self.new, self.layouts, self.mesh)
             equalised = make_equal(model, self.mesh, leaving=self.layouts)
+        with torch.no_grad():  # this rank's own work, of which the others hear
             record = install_sharded(model, self.plan, self.config, self.mesh, self.shapes, equalised)
             watched(model, record)
+        self.meet()
 
     def close(self) -> None:
         if self.reader is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def _on_meta(manifest: Manifest, checkpoint: Path) -> PreTrainedModel:
             "export it while it trains, with tp_plugin.save_pretrained."
         )
     with torch.device("meta"):
-        model = model_class(model_class.config_class.from_dict(config))  # type: ignore[union-attr]
+        model = model_class(_config(model_class.config_class, config))
     if manifest.model.get("generation_config") and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_dict(manifest.model["generation_config"])
     first = {alias: name for name, entry in manifest.entries.items() for alias in entry.names}
@@ -95,6 +97,14 @@ def _on_meta(manifest: Manifest, checkpoint: Path) -> PreTrainedModel:
             )
         tensor.data = tensor.data.to(dtype_named(entry.dtype))
     return model
+
+
+def _config(config_class: Any, config: Mapping[str, Any]) -> Any:
+    """Read as from the file it would have been saved in: there, and nowhere else, infinity is a number again."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        found, _ = config_class.get_config_dict(folder)
+    return config_class.from_dict(found)
 
 
 def _write(model: PreTrainedModel, files: Files, fragments: Fragments, staging: Path) -> None:
