@@ -18,20 +18,8 @@ from tp_plugin.errors import TensorParallelError
 
 NOT_ELEMENTWISE = (
     *("muon", "adafactor", "lamb", "shampoo", "soap", "lars", "galore", "apollo", "kfac", "lomo", "adammini", "sm3"),
-    *(
-        "prodigy",
-        "dadapt",
-        "dion",
-        "came",
-        "lorafa",
-        "stableadam",
-        "novograd",
-        "adamp",
-        "sgdp",
-        "lbfgs",
-        "psgd",
-        "kron",
-    ),
+    *("prodigy", "dadapt", "dion", "came", "lorafa", "stableadam", "novograd", "adamp", "sgdp", "lbfgs", "psgd"),
+    "kron",
 )
 """Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
