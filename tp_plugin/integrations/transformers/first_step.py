@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, Trainer
 
 from tp_plugin.integrations.contract import Patches, contract
@@ -91,15 +92,18 @@ def _loss_of(
 def _alone(trainer: Trainer) -> Iterator[None]:
     """Losses that gather numbers for their metrics keep to this rank, and log nothing: another rank may have failed."""
 
+    def gathered(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return tree_map(lambda leaf: leaf[None] if isinstance(leaf, torch.Tensor) and not leaf.dim() else leaf, value)
+
     def alone(value: Any, *_args: Any, **_kwargs: Any) -> Any:
         return value
 
-    replaced = [(trainer, "log")]
-    replaced += [(trainer.accelerator, name) for name in ("gather", "gather_for_metrics", "reduce")]
-    replaced += [(trainer.accelerator, "pad_across_processes")]
+    accelerator = trainer.accelerator
+    replaced = {(accelerator, "gather"): gathered, (accelerator, "gather_for_metrics"): gathered}
+    replaced |= {(accelerator, "reduce"): alone, (accelerator, "pad_across_processes"): alone, (trainer, "log"): alone}
     before = [vars(place).get(name) for place, name in replaced]
-    for place, name in replaced:
-        setattr(place, name, alone)
+    for (place, name), stand_in in replaced.items():
+        setattr(place, name, stand_in)
     try:
         yield
     finally:
