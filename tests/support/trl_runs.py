@@ -16,12 +16,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from integration.scripts import tiny
 from tests.support import chat
 from tests.support.models import make, perturb
 from tests.support.train import relative, replica_error
 
 STEPS, GLOBAL_ROWS, CLIP = 3, 4, 0.02
 DATA = {"sft": "text", "dpo": "preference", "reward": "preference"}
+PREFIXES = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "trainer": ""}
 EXACT = ("num_tokens", "num_input_tokens_seen", "epoch", "step", "learning_rate")
 LIMITS = {"loss": (1e-5, 0.0), "train_loss": (1e-5, 0.0), "grad_norm": (1e-4, 0.0), "entropy": (1e-5, 0.0)}
 LIMITS |= dict.fromkeys(EXACT, (0.0, 0.0))
@@ -49,7 +51,7 @@ def train(
     """One training of a few steps on the same global batches, however many ranks share them.
 
     Args:
-        kind: sft, dpo or reward.
+        kind: sft, dpo or reward; trainer is HF Trainer itself.
         dp: ranks that read different rows.
         deepspeed: the config of the engine; None trains in this process alone.
         form: of the data; None is the plainest.
@@ -61,17 +63,17 @@ def train(
     Returns:
         The log, what ``evaluate`` found, and the trained parameters, full and unsharded.
     """
+    import transformers
     import trl
 
-    names = {"sft": ("SFT", "sft_trainer"), "dpo": ("DPO", "dpo_trainer"), "reward": ("Reward", "reward_trainer")}
-    prefix = names[kind][0]
+    library, prefix = transformers if kind == "trainer" else trl, PREFIXES[kind]
     accumulate = options.pop("gradient_accumulation_steps", 1)
     # before the arguments, from which on ZeRO-3 would have models built in partitions
     policy, more = model_of(kind, tied, family, **(model or {})), {}
     if kind == "dpo" and reference and lora is None:
         more["ref_model"] = model_of(kind, tied, family, seed=1, **(model or {}))
     with common_folder() as folder:
-        args = getattr(trl, f"{prefix}Config")(
+        args = getattr(library, "TrainingArguments" if kind == "trainer" else f"{prefix}Config")(
             output_dir=folder, deepspeed=deepspeed, use_cpu=deepspeed is None, max_steps=STEPS, logging_steps=1,
             per_device_train_batch_size=GLOBAL_ROWS // dp, per_device_eval_batch_size=GLOBAL_ROWS // dp,
             gradient_accumulation_steps=accumulate, learning_rate=1e-2, adam_epsilon=1e-4,
@@ -79,16 +81,22 @@ def train(
             disable_tqdm=True, bf16=False, seed=3, include_num_input_tokens_seen="non_padding",
             **({"gradient_checkpointing": False} | options),
         )  # fmt: skip
-        data = form or DATA[kind]
         if lora is not None:
             import peft
 
-            more["peft_config"] = peft.LoraConfig(r=4, **{"target_modules": "all-linear"} | lora)
-        trainer = getattr(trl, f"{prefix}Trainer")(
-            model=policy, args=args, train_dataset=on_disk(chat.dataset(data, 24), f"{folder}/data"),
-            eval_dataset=chat.dataset(data, 8, seed=9, length=4) if evaluate else None,
-            processing_class=chat.tokenizer(), **more,
-        )  # fmt: skip
+            adapter = peft.LoraConfig(r=4, **{"target_modules": "all-linear"} | lora)
+            if kind == "trainer":
+                policy = peft.get_peft_model(policy, adapter)
+            else:
+                more["peft_config"] = adapter
+        if kind == "trainer":
+            more["train_dataset"] = tiny.Samples(24)
+        else:
+            data = form or DATA[kind]
+            more["train_dataset"] = on_disk(chat.dataset(data, 24), f"{folder}/data")
+            more["eval_dataset"] = chat.dataset(data, 8, seed=9, length=4) if evaluate else None
+            more["processing_class"] = chat.tokenizer()
+        trainer = getattr(library, f"{prefix}Trainer")(model=policy, args=args, **more)
         if lora is not None:
             fill(trainer.model)
         start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -169,8 +177,8 @@ def sharded(kind: str, tp: int, stage: int, **options: Any) -> dict[str, Any]:
     import tp_plugin
     from tp_plugin.verify.first_step import StepGuard
 
-    def unchecked(_self: StepGuard, failure: Exception) -> None:
-        raise failure
+    def unchecked(_self: StepGuard, reason: str, *_: Any) -> None:
+        raise AssertionError(f"the guard could not check it: {reason}")
 
     tp_plugin.register()
     with mock.patch.object(StepGuard, "_say_unchecked", unchecked):

@@ -21,10 +21,9 @@ PRODUCTS: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, _CPU)
 
 def rounds(model: nn.Module) -> bool:
     """Whether training computes with less than single precision."""
-    param = next(model.parameters())
     return (
-        param.dtype in (torch.bfloat16, torch.float16)
-        or torch.is_autocast_enabled(param.device.type)
+        any(param.dtype in (torch.bfloat16, torch.float16) for param in model.parameters())
+        or torch.is_autocast_enabled(next(model.parameters()).device.type)
         or any(place.fp32_precision in ("tf32", "bf16") for place in PRODUCTS)
     )
 

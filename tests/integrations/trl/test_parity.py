@@ -1,4 +1,4 @@
-"""TRL's trainers through DeepSpeed's slot against one unsharded process of plain TRL, on the same global batches.
+"""TRL's trainers, and HF Trainer in the cross, through DeepSpeed's slot against one unsharded process of the same.
 
 Everything they log (losses, norms, entropy, accuracies, rewards, log-probabilities, token counts), the trained
 parameters, and replicas. One launch of ranks trains many configurations, each a test of its own.
@@ -53,8 +53,9 @@ CASES: Table = {
 }
 WHOLE: Table = {
     (world, tp): [
-        {"kind": kind, "stage": stage, "tied": tied, "model": {"heads": (8, 4)}}
-        for kind, stage, tied in itertools.product(("sft", "dpo", "reward"), (0, 1, 2, 3), (True, False))
+        {"kind": kind, "stage": stage, "tied": tied, "model": {"heads": (8, 4)}} | lora
+        for kind, stage, tied in itertools.product(trl_runs.PREFIXES, (0, 1, 2, 3), (True, False))
+        for lora in ({}, {"lora": {"task_type": "SEQ_CLS"} if kind == "reward" else {}})
     ]
     for world, tp in ((2, 2), (4, 2), (4, 4), (8, 4))
 }
@@ -81,7 +82,8 @@ def launched(slow: bool, world: int, tp: int) -> list[list[dict | str]]:
 
 
 def name_of(case: dict) -> str:
-    return "-".join("+".join(value) if isinstance(value, dict | list) else str(value) for value in case.values())
+    parts = case | ({"lora": ["lora", *case["lora"]]} if "lora" in case else {})
+    return "-".join("+".join(value) if isinstance(value, dict | list) else str(value) for value in parts.values())
 
 
 def parameters(slow: bool) -> list:
