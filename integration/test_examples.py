@@ -80,7 +80,7 @@ def test_run_clm(folder):
     assert found["sharded"]["printed"].count(written[0]) == 1
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, id="full"), pytest.param(4, id="lora")])
+@pytest.mark.parametrize("rank", [pytest.param(0, id="full", marks=pytest.mark.slow), pytest.param(4, id="lora")])
 def test_sft_trl(folder, rank):
     arguments = ["--model", f"{folder}/model", "--data", f"{folder}/chats.jsonl", "--held_out", "0.25",
                  "--max_steps", "4", "--bf16", "false", "--lora_rank", str(rank)]  # fmt: skip

@@ -41,7 +41,7 @@ def step(batch):
 
 def draws():
     """What each rank draws next."""
-    every = [None] * accelerator.num_processes
+    every = [None] * accelerator.state.num_processes
     torch.distributed.all_gather_object(every, torch.rand(()).item())
     return every
 
