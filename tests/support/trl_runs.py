@@ -29,8 +29,8 @@ LIMITS = {"loss": (1e-5, 0.0), "train_loss": (1e-5, 0.0), "grad_norm": (1e-4, 0.
 LIMITS |= dict.fromkeys(EXACT, (0.0, 0.0))
 """Relative and absolute tolerance of what is logged; rewards are small differences of large numbers."""
 ROUNDING = 2e-8
-"""Of copies on the ranks of a group, whose weights are about 0.1: a unit or two in the last place. A rank's flat buffer has
-its copies at places of its own, and a CPU's kernels round the ends of a buffer otherwise than its middle."""
+"""Of copies on the ranks of a group, whose weights are about 0.1: a unit or two in the last place. Copies lie at other
+places of each rank's flat buffer, and a CPU's kernels round the ends of a buffer otherwise than its middle."""
 NOT_COMPARED = ("runtime", "per_second", "flos", "step_time")
 
 
