@@ -19,6 +19,19 @@ class TensorParallelError(ValueError):
     """A tensor-parallel setup that would train wrongly or cannot work. The message says what to change."""
 
 
+def sentence_of(failure: Exception) -> str:
+    """What failed, in one sentence without its full stop: ours as it is, else the kind and what it says first."""
+    if isinstance(failure, TensorParallelError):
+        return str(failure)
+    return f"{type(failure).__name__}: {reason_of(failure) or 'no reason given'}"
+
+
+def reason_of(failure: Exception) -> str:
+    """The first sentence of what an error of some library's says; "" if it says nothing."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return lines[0].split(". ")[0].rstrip(".") if lines else ""
+
+
 def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank of ``group`` if any rank brings an ``error``; a collective call.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import all_gather, broadcast_
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.mesh import ParallelMesh
 
 _CHUNK = 1 << 22  # elements hashed at a time, so that temporaries stay small
@@ -77,7 +77,7 @@ def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[st
     try:
         prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
     except Exception as failure:  # out of memory: nobody may wait for this rank's
-        error = f"comparing the ranks' models failed: {type(failure).__name__}: {str(failure).split('. ')[0]}"
+        error = f"comparing the ranks' models failed: {sentence_of(failure)}"
     agree(error)
     everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")
     differs = torch.stack([other != everyone[0] for other in everyone]).any(0)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.state import state_of
-from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, sentence_of, stream
+from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, stream
 
 
 def full_state_dict(

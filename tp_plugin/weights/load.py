@@ -9,12 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import broadcast_
-from tp_plugin.errors import agree
+from tp_plugin.errors import agree, sentence_of
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import comm_device
-from tp_plugin.weights.stream import sentence_of
 from tp_plugin.weights.unread import Unread
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, reason_of
 from tp_plugin.weights import safetensors_file
 
 WINDOW = 8 << 20
@@ -260,14 +260,9 @@ def _unpickled(file: str) -> dict[str, torch.Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as failure:  # of many kinds: pickle's, zip's, torch's
         raise TensorParallelError(
-            f"cannot read {file!r} as a file of plain tensors ({_first_line(failure)}); convert it to safetensors with "
-            "save_pretrained where you trust it."
+            f"cannot read {file!r} as a file of plain tensors ({reason_of(failure) or type(failure).__name__}); convert "
+            "it to safetensors with save_pretrained where you trust it."
         ) from failure
     if not isinstance(found, Mapping):
         raise TensorParallelError(f"{file!r} holds a {type(found).__name__} where a state dict was expected.")
     return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def _first_line(failure: BaseException) -> str:
-    lines = str(failure).strip().splitlines()
-    return (lines[0].split(". ")[0].rstrip(".") if lines else "") or type(failure).__name__

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.collectives import all_reduce_, gather_to
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
@@ -167,13 +167,6 @@ def _anywhere(failed: bool, flag: torch.Tensor, mesh: ParallelMesh) -> bool:
     flag.fill_(int(failed))
     all_reduce_(flag, mesh.tp_group, op=dist.ReduceOp.MAX, purpose="export")
     return bool(flag.item())
-
-
-def sentence_of(failure: Exception) -> str:
-    if isinstance(failure, TensorParallelError):
-        return str(failure)
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return f"{type(failure).__name__}: {lines[0].split('. ')[0].rstrip('.') if lines else 'no reason given'}"
 
 
 def _hand_over(

@@ -137,6 +137,12 @@ def test_what_accelerator_does_with_its_number_of_processes():
     }
 
 
+def test_an_accelerator_keeps_its_models():
+    why = "accelerate/randomness.py restores their random states"
+    assert_source_has(Accelerator.__init__, "self._models = []", why)
+    assert_source_has(Accelerator.load_state, "for i, model in enumerate(self._models):", why)
+
+
 def test_data_loaders_read_by_groups():
     """Ranks with one ``process_index // tp`` read one batch; nothing of ours does this."""
     source = accelerate.data_loader.prepare_data_loader

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin
+from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, DummyOptim, DummyScheduler
 from torch.nn import functional as F
 from transformers import get_scheduler
 
@@ -111,9 +111,23 @@ def guided(rows: int, accelerator: Accelerator) -> dict:
 GUIDED = {"zero1": (1, 2, False), "zero3": (3, 2, False), "split": (1, 2, True)}  # stage, rows, split_batches
 
 
+def planned() -> int:
+    """Steps of a schedule that DeepSpeed's config plans and a script counts for all readers together."""
+    decay = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}}}
+    adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config(1) | decay | adam))
+    model = tiny.model()
+    optimizer = DummyOptim(model.parameters())
+    schedule = DummyScheduler(optimizer, total_num_steps=100, warmup_num_steps=2)
+    loader = torch.utils.data.DataLoader(tiny.Samples(24), batch_size=2)
+    *_, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return schedule.scheduler.total_num_steps
+
+
 def loops() -> dict:
     tp_plugin.register()
-    found: dict = {}
+    found: dict = {"planned": planned()}
     for stage in STAGES:
         found[stage] = looped(stage)
         AcceleratorState._reset_state(reset_partial_state=True)  # it takes one plugin a process
@@ -182,6 +196,11 @@ def test_loops_that_scale_by_the_number_of_processes_train_like_one(name):
     for parameter, whole in expected["weights"].items():
         update = (whole - start[parameter]).norm()
         assert (weights[parameter] - whole).norm() <= 1e-4 * update, parameter
+
+
+def test_planned_schedules_last_as_long_as_planned():
+    """100 steps over dp = 2 are 50, whatever tp is."""
+    assert [rank["planned"] for rank in found()] == [100 // DP] * TP * DP
 
 
 def test_a_batch_that_is_split_is_split_among_readers():

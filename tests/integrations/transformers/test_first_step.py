@@ -17,6 +17,7 @@ from integration.scripts import tiny
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.trainings import config_of
 from tests.verify.test_first_step import compared
+from tp_plugin.layers import RowParallelLinear
 from tp_plugin.verify.first_step import guard_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -156,14 +157,15 @@ def half_only(module, query, key, value, *args, **kwargs):
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
+def louder(module, _args, output):
+    return output * 1.5 if isinstance(module, RowParallelLinear) else None
+
+
 def half(stage, wrong):
     AttentionInterface.register("half_only", half_only)
     try:
         if wrong:
-            hook = lambda _m, _a, output: output * 1.5  # noqa: E731
-            torch.nn.modules.module.register_module_forward_hook(
-                lambda m, a, out: hook(m, a, out) if type(m).__name__ == "RowParallelLinear" else None
-            )
+            torch.nn.modules.module.register_module_forward_hook(louder)
         seen, said, trainer = trained(stage=stage, attention="half_only")
         return seen, said, trainer.model.config._attn_implementation
     finally:

@@ -103,7 +103,7 @@ def check(slow: bool, world: int, tp: int, index: int) -> None:
     assert not isinstance(truth, str), truth
     for rank, results in enumerate(launched(slow, world, tp)):
         assert not isinstance(results[index], str), f"rank {rank}:\n{results[index]}"
-        wrong = trl_runs.differences(results[index], truth)
+        wrong = trl_runs.differences(results[index], truth, trl_runs.ROUNDING if slow and "lora" in case else 0.0)
         assert not wrong, f"rank {rank}: " + "; ".join(wrong)
     losses = [entry["loss"] for entry in truth["log"] if "loss" in entry]
     assert len(losses) == trl_runs.STEPS

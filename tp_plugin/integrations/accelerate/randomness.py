@@ -19,7 +19,6 @@ from tp_plugin.weights.randomness import forget, restore_again
 def check_contracts() -> None:
     why = "random states of another shape are set after it"
     contract(Accelerator, "load_state", ["input_dir", "load_kwargs"], why)
-    contract(Accelerator, "prepare", None, why)
 
 
 def install(patches: Patches) -> None:

@@ -16,7 +16,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.peft.lay import EMPTY
 from tp_plugin.sharding import state_of
@@ -148,5 +148,4 @@ def _unreadable(where: Any, options: dict[str, Any]) -> str | None:
 
 
 def _sentence(where: Any, failure: Exception) -> str:
-    reason = str(failure).splitlines()[0].split(". ")[0].rstrip(".") if str(failure) else ""
-    return f"reading the adapter {str(where)!r} failed: {type(failure).__name__}: {reason}."
+    return f"reading the adapter {str(where)!r} failed: {sentence_of(failure)}."

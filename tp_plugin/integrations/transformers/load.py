@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed as trainer_side
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError, agree
+from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan
@@ -303,6 +303,4 @@ def _sentence(name: Any, failure: Exception) -> str:
             f"{str(name)!r} brings modelling code of its own, which is not run unasked; read it, then pass "
             "trust_remote_code=True (model.trust_remote_code: true in a recipe)."
         )
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    said = lines[0].split(". ")[0].rstrip(".") if lines else "no reason given"
-    return f"cannot load {str(name)!r}: {type(failure).__name__}: {said}."
+    return f"cannot load {str(name)!r}: {sentence_of(failure)}."
