@@ -259,9 +259,10 @@ def _unpickled(file: str) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as failure:  # of many kinds: pickle's, zip's, torch's
+        reason = reason_of(failure) or type(failure).__name__
         raise TensorParallelError(
-            f"cannot read {file!r} as a file of plain tensors ({reason_of(failure) or type(failure).__name__}); convert "
-            "it to safetensors with save_pretrained where you trust it."
+            f"cannot read {file!r} as a file of plain tensors ({reason}); convert it to safetensors with "
+            "save_pretrained where you trust it."
         ) from failure
     if not isinstance(found, Mapping):
         raise TensorParallelError(f"{file!r} holds a {type(found).__name__} where a state dict was expected.")
