@@ -84,7 +84,7 @@ def launched(folder: Path, name: str) -> str:
     """The output of one run, once however many tests ask."""
     ranks, stage = RUNS[name][4:]
     configs = folder / f"{name} configs"
-    configs.mkdir()
+    configs.mkdir(exist_ok=True)
     return accelerate_launch(configs, ranks, deepspeed_config(stage), ["-m", *command(name, folder, name, ranks // TP)])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -139,6 +141,24 @@ def take_device() -> None:
 def bound_device() -> torch.device | None:
     """The device that the world's process group was bound to when it was made, if any."""
     return getattr(dist.group.WORLD, "bound_device_id", None)
+
+
+def leave_at_exit(leave: bool = True) -> None:
+    """Destroy gloo's process groups when this process ends, as PyTorch asks scripts to, and hardly one does.
+
+    Gloo's threads drop the tensors they have sent; one that waits for the interpreter while it is torn down aborts
+    the process ("terminate called without an active exception"), after everything was saved, and the launcher then
+    ends the other ranks, which may be saving still. NCCL has no such threads and is left as it is.
+    """
+    atexit.unregister(_leave)
+    if leave:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    failed = getattr(sys, "last_value", None) is not None  # others may be in the middle of something: leave at once
+    if dist.is_initialized() and not failed and "gloo" in dist.get_backend_config():
+        dist.destroy_process_group()
 
 
 def check_world(tp_size: int) -> None:

@@ -77,5 +77,3 @@ def train(name, *, tied=False, deepspeed=None, device_specific=False, resume=Non
 with open(options.variants) as file:
     for variant in json.load(file):
         train(**variant)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()

@@ -48,5 +48,3 @@ for stage in options.zero:
     found["resumed"] = resumed.state.log_history
     with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
         json.dump(found, file)
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()

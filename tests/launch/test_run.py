@@ -1,6 +1,8 @@
 """python -m tp_plugin.run: the user's script runs as if we were not there, but registered."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -111,3 +113,29 @@ def test_errors_of_the_script_are_its_own(folder):
     (folder / "scripts" / "train.py").write_text("raise KeyError('mine')")
     with pytest.raises(KeyError, match="mine"):
         run.main(["scripts/train.py"])
+
+
+def test_no_rank_is_aborted_while_gloo_still_holds_a_tensor(tmp_path):
+    """A thread of gloo's waits for the interpreter from the collective's end until the script's."""
+    (tmp_path / "script.py").write_text(
+        "import sys, time, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "group = dist.new_group([0, 1])\n"
+        "dist.all_reduce(torch.zeros(1), group=group)\n"
+        "sys.setswitchinterval(1000)\n"
+        "time.sleep(dist.get_rank() * 0.5)\n"
+        "sent = torch.zeros(1)\n"
+        "dist.all_reduce(sent, group=group, async_op=True)\n"
+        "until = time.monotonic() + 2\n"
+        "while time.monotonic() < until: pass\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "tp_plugin.run", "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -105,8 +105,6 @@ def finetune(recipe: Recipe, resume: str | None = None) -> None:
         tokenizer.save_pretrained(recipe.output_dir)
     _say(f"saved {recipe.output_dir}, an ordinary HF directory")
     agree(_visit(recipe, expected) if state.is_main_process else None)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _size(model: Any) -> int:
