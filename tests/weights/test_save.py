@@ -344,11 +344,11 @@ def test_a_file_that_is_missing_or_not_listed_yet(tmp_path, monkeypatch):
         (staging / name).write_text("new")
         (tmp_path / name).write_text("old")
     with pytest.raises(FileNotFoundError, match="model-00002"):
-        export.publish(staging, tmp_path, {"model.safetensors", "model-00002-of-00002.safetensors"}, None)
+        export.replace_model(staging, tmp_path, {"model.safetensors", "model-00002-of-00002.safetensors"}, None)
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"old"}
     true = Path.rglob
     monkeypatch.setattr(Path, "rglob", lambda self, *a: (path for path in true(self, *a) if path.suffix == ".json"))
-    export.publish(staging, tmp_path, {"model.safetensors"}, None)
+    export.replace_model(staging, tmp_path, {"model.safetensors"}, None)
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"new"}
 
 

@@ -20,12 +20,11 @@ from torch import nn
 
 from tp_plugin.collectives import all_reduce_, gather_to
 from tp_plugin.errors import TensorParallelError, agree, sentence_of
-from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
+from tp_plugin.weights.parcel import Parcel, Span, pack, sharded_layout, unpack
 
 BUCKET = 128 << 20  # bytes of full tensors gathered at a time
-_ALIGNMENT = 16
 _ENGINE = "tp_engine"
 
 
@@ -55,15 +54,6 @@ class Output:
     view: View | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Rows ``start`` to ``stop`` (of dimension 0) of the full tensor ``name``."""
-
-    name: str
-    start: int
-    stop: int
-
-
 Sink = Callable[[Output, torch.Tensor, int], None]
 """Takes an output's elements from a place on: (output, CPU tensor, index of its first element)."""
 Compute = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -77,7 +67,7 @@ def persistent(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Shape of the unsharded tensor, whatever TP and ZeRO-3 have done to this one."""
-    layout = _layout(tensor)
+    layout = sharded_layout(tensor)
     return layout.shape if layout is not None else tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -130,14 +120,14 @@ def stream(
             made_whole.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
             if not mine or failed_somewhere:
                 continue
-            parcel: _Parcel | None = None
+            parcel: Parcel | None = None
             found: dict[Span, torch.Tensor] | None = None
             try:
                 if failure is None:
-                    parcel = _pack(tensors, spans, mesh, writer)
+                    parcel = pack(tensors, spans, mesh, writer)
             except Exception as failed:  # raised when the other ranks no longer wait for this one
                 failure = failed
-            if any(_layout(tensors[span.name]) is not None for span in spans):
+            if any(sharded_layout(tensors[span.name]) is not None for span in spans):
                 failed_somewhere = _anywhere(failure is not None, flag, mesh)
                 if failed_somewhere:
                     continue
@@ -145,7 +135,7 @@ def stream(
                 gather_to(parcel.packed, mesh.tp_group, writer, parcel.received, purpose="export")
             try:
                 if parcel is not None and mesh.tp_rank == writer:
-                    found = _unpack(tensors, spans, parcel)
+                    found = unpack(tensors, spans, parcel)
                     parcel = None  # let go of what was received
                     _hand_over(tensors, steps, found, sink, compute)
             except Exception as failed:
@@ -253,71 +243,6 @@ def _steps(tensors: Mapping[str, torch.Tensor], outputs: Sequence[Output], limit
         last = view.offset + sum((n - 1) * by for n, by in zip(view.size, view.stride, strict=True))
         span = Span(name, view.offset // row, last // row + 1)
         yield _Step(output, (span,), False, (span.stop - span.start) * row * output.dtype.itemsize)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parcel:
-    """What this rank sends of a bucket, and, on the writer, room for what it receives of each rank."""
-
-    cut: Mapping[Span, ShardLayout]
-    packed: torch.Tensor
-    received: Sequence[torch.Tensor]
-
-
-@torch.no_grad()
-def _pack(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span], mesh: ParallelMesh, writer: int) -> _Parcel:
-    """All memory that the exchange takes, and this rank's rows of each span that is cut."""
-    layouts = {span: _layout(tensors[span.name]) for span in spans}
-    cut = {span: layout.rows(span.start, span.stop) for span, layout in layouts.items() if layout is not None}
-    sizes = [sum(_room(span, of, tensors, rank) for span, of in cut.items()) for rank in range(mesh.tp_size)]
-    device = comm_device(mesh.tp_group)
-    packed = torch.empty(sizes[mesh.tp_rank], dtype=torch.uint8, device=device)
-    place = 0
-    for span, of in cut.items():
-        offset = place
-        for start, stop in layouts[span].local_rows(mesh.tp_rank, span.start, span.stop):  # type: ignore[union-attr]
-            piece = tensors[span.name].detach()[start:stop].contiguous().view(-1)
-            if piece.numel():
-                packed[offset : offset + piece.nbytes].copy_(piece.view(torch.uint8))
-            offset += piece.nbytes
-        place += _room(span, of, tensors, mesh.tp_rank)
-    received = []
-    if mesh.tp_rank == writer:
-        received = [packed if r == writer else packed.new_empty(size) for r, size in enumerate(sizes)]
-    return _Parcel(cut, packed, received)
-
-
-@torch.no_grad()
-def _unpack(tensors: Mapping[str, torch.Tensor], spans: Sequence[Span], parcel: _Parcel) -> dict[Span, torch.Tensor]:
-    """The full rows of each span on the CPU, once they have been exchanged."""
-    cut = parcel.cut
-    shards: dict[Span, list[torch.Tensor]] = {span: [] for span in cut}
-    for rank, received in enumerate(parcel.received):
-        place = 0
-        for span, of in cut.items():
-            shape, dtype = of.local_shape(rank), tensors[span.name].dtype
-            data = received[place : place + math.prod(shape) * dtype.itemsize]
-            shards[span].append(data.view(dtype).view(shape))
-            place += _room(span, of, tensors, rank)
-    found: dict[Span, torch.Tensor] = {}
-    for span in spans:
-        if span in cut:
-            found[span] = cut[span].unshard(shards[span]).cpu()
-            continue
-        tensor = tensors[span.name].detach()
-        rows = tensor[span.start : span.stop] if tensor.dim() else tensor.reshape(1)
-        found[span] = rows.to("cpu", copy=True).contiguous()
-    return found
-
-
-def _room(span: Span, of: ShardLayout, tensors: Mapping[str, torch.Tensor], rank: int) -> int:
-    size = math.prod(of.local_shape(rank)) * tensors[span.name].dtype.itemsize
-    return size + -size % _ALIGNMENT
-
-
-def _layout(tensor: torch.Tensor) -> ShardLayout | None:
-    layout: ShardLayout | None = getattr(tensor, "tp_layout", None)
-    return layout if layout is not None and layout.is_sharded else None
 
 
 def _rows(shape: Sequence[int]) -> int:

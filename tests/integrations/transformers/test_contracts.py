@@ -19,6 +19,7 @@ from tests.integrations.moved import assert_names_are_watched, assert_source_has
 from tp_plugin.integrations.transformers import (
     _PARTS,
     export,
+    files,
     first_step,
     generate,
     loading,
@@ -33,7 +34,7 @@ from tp_plugin.integrations.transformers import (
 from tp_plugin.plans.from_transformers import STYLE_OF
 
 
-@pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
+@pytest.mark.parametrize("part", [*_PARTS, files], ids=lambda part: part.__name__.split(".")[-1])
 def test_every_name_is_where_we_expect_it(part):
     part.check_contracts()
 
@@ -67,9 +68,9 @@ def test_every_name_is_where_we_expect_it(part):
         (rates, Trainer, "evaluate"),
         (rates, Trainer, "predict"),
         (reading, Trainer, "_get_dataloader"),
-        (export, modeling_utils, "safe_save_file"),
+        (files, modeling_utils, "safe_save_file"),
         (export, core_model_loading, "revert_weight_conversion"),
-        (export, PreTrainedModel, "get_parameter_or_buffer"),
+        (files, PreTrainedModel, "get_parameter_or_buffer"),
         (export, Trainer, "save_model"),
         (export, hub, "create_and_tag_model_card"),
         (first_step, Trainer, "training_step"),

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.transformers.export import Written, collects_nothing, from_first, nothing_here
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.atomic import sync
 from tp_plugin.weights.gather import gathered, refuse_shards, unwrapped
+from tp_plugin.weights.staging import move_in, staged
 from tp_plugin.weights.stream import persistent
 
 
@@ -79,13 +76,9 @@ _ORIGINAL = PeftModel.save_pretrained
 
 
 def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str, Any]) -> None:
-    staging = directory / f".saving-{secrets.token_hex(4)}"
-    try:
-        staging.mkdir(parents=True)
+    with staged(directory) as staging:
         _ORIGINAL(model, str(staging), state_dict=state, **options)
-        _publish(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        move_in(staging, directory)
 
 
 @contextlib.contextmanager
@@ -121,16 +114,6 @@ def _saved(model: Any, everything: Mapping[str, Any], options: Mapping[str, Any]
         found = get_peft_model_state_dict(model, state_dict=dict(everything), adapter_name=adapter, **asked)
         taken |= {id(tensor) for tensor in found.values()}
     return [name for name, tensor in everything.items() if id(tensor) in taken]
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Move what was written into place, configs last: without one nobody loads an adapter."""
-    fresh = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-    for path in sorted(fresh, key=lambda path: path.name == "adapter_config.json"):
-        sync(path)
-        target = directory / path.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
 
 
 def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:

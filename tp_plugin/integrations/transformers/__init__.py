@@ -6,6 +6,7 @@ What Trainer counts and reads is counted and read once a TP group.
 from tp_plugin.integrations.contract import Patches
 from tp_plugin.integrations.transformers import (
     export,
+    files,
     first_step,
     generate,
     loading,
@@ -39,7 +40,7 @@ def uninstall() -> None:
 
 def check_contracts() -> None:
     """Every name this package touches, checked. Raises TensorParallelError naming what moved."""
-    for part in _PARTS:
+    for part in (*_PARTS, files):
         part.check_contracts()
 
 

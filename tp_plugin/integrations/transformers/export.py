@@ -1,21 +1,14 @@
 """``save_pretrained`` of a sharded model: an ordinary HF directory, streamed.
 
-transformers itself says what belongs into it. Its ``save_pretrained`` runs once, on rank 0, on tensors without data:
-config and code are written, tied names dropped, conversions reverted, shards numbered; and where it would write
-weights, what they are made of is taken down. Then all ranks stream them.
+transformers itself says, on rank 0, what belongs into it (:mod:`.files`); then all ranks stream the weights.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import glob
-import json
-import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,23 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, Trainer, core_model_loading, modeling_utils
+from transformers import PreTrainedModel, Trainer, core_model_loading
 from transformers.utils import hub
 
 from tp_plugin.errors import TensorParallelError, agree, meet
 from tp_plugin.integrations.contract import Patches, contract
+from tp_plugin.integrations.transformers.files import Files, files_of
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.atomic import sync
 from tp_plugin.weights.gather import mesh_of, refuse_shards, unwrapped
 from tp_plugin.weights.safetensors_file import SafetensorsFile
-from tp_plugin.weights.stream import Output, View, between_steps, full_shape, persistent, stream
-
-Files = list[tuple[str, list[Output], dict[str, str]]]
-"""(file name, what it holds, the metadata of its header) of every file of weights."""
+from tp_plugin.weights.staging import move_in, staged
+from tp_plugin.weights.stream import Output, between_steps, persistent, stream
 
 
 class Written(dict):
@@ -48,11 +36,8 @@ class Written(dict):
 
 def check_contracts() -> None:
     why = "a sharded model's save_pretrained is streamed through it"
-    contract(modeling_utils, "safe_save_file", ["tensors", "filename", "metadata"], why)
     contract(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], why)
     contract(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], why)
-    contract(PreTrainedModel, "get_parameter_or_buffer", ["target"], "it looks for tied weights")
-    contract(PreTrainedModel, "_hf_peft_config_loaded", None, "add_adapter says by it that only adapters are saved")
     contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
     contract(hub, "create_and_tag_model_card", ["repo_id", "tags"], "push_to_hub makes its model card")
 
@@ -73,28 +58,25 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     directory, first = Path(directory), not dist.is_initialized() or dist.get_rank() == 0
     push = {name: options.pop(name) for name in ("push_to_hub", *_HUB_OPTIONS) if name in options}
     options.pop("is_main_process", None)
-    staging, files = directory / f".saving-{secrets.token_hex(4)}", Files()
+    staging, files = directory, Files()
     error: str | None = None
     written: list[str] = []
-    if first:
-        try:
-            staging.mkdir(parents=True)
-            files = described(model, staging, options)
-        except Exception as failure:  # whatever it was, every rank must learn of it
-            error = _sentence(directory, failure)
-    try:
+    with contextlib.ExitStack() as held:
+        if first:
+            try:
+                staging = held.enter_context(staged(directory))
+                files = files_of(model, staging, options)
+            except Exception as failure:  # whatever it was, every rank must learn of it
+                error = _sentence(directory, failure)
         agree(error)
         staging, files = from_first((staging, files))
         agree(_written(model_or_engine, model, staging, files))
         if first:
             try:
-                written = publish(staging, directory, {name for name, _, _ in files}, options.get("variant"))
+                written = replace_model(staging, directory, {name for name, _, _ in files}, options.get("variant"))
             except Exception as failure:
                 error = _sentence(directory, failure)
         agree(error)
-    finally:
-        if first:
-            shutil.rmtree(staging, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()  # nobody sees the directory before it is tidy
     if push.get("push_to_hub"):
@@ -121,67 +103,6 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-# ---- what transformers would write ----------------------------------------------------------------------------------
-
-
-class _Tracing(TorchFunctionMode):
-    """Remembers of which named tensors each tensor was made, and makes no copies, so that a view stays one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.contiguous, torch.Tensor.clone):
-            return args[0]
-        out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if made:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            names = tuple(dict.fromkeys(name for leaf in given for name in leaf.__dict__.get("tp_sources", ())))
-            for leaf in made:
-                leaf.tp_sources = names  # type: ignore[attr-defined]
-        return out
-
-
-def described(model: Any, staging: Path, options: Mapping[str, Any]) -> Files:
-    """Let transformers write everything but weights into ``staging``; what it would have written of those."""
-    sources, hollow = persistent(model), {}
-    for name, tensor in sources.items():
-        hollow[name] = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
-        hollow[name].tp_sources = (name,)  # type: ignore[attr-defined]
-    storages = {StorageWeakRef(tensor.untyped_storage()): name for name, tensor in hollow.items()}
-    files: Files = []
-
-    def take_down(tensors: Mapping[str, torch.Tensor], filename: str, metadata: dict[str, str] | None = None) -> None:
-        outputs = []
-        for name, tensor in tensors.items():
-            source = storages.get(StorageWeakRef(tensor.untyped_storage()))
-            shape = tuple(tensor.shape)
-            view = View(shape, tensor.stride(), int(tensor.storage_offset())) if source is not None else None
-            made_of = (source,) if source is not None else tensor.tp_sources  # type: ignore[attr-defined]
-            if not made_of:
-                raise TensorParallelError(f"it is not known what transformers makes {name!r} of on saving.")
-            outputs.append(Output(name, tensor.dtype, shape, made_of, view))
-        files.append((os.path.basename(filename), outputs, metadata or {}))
-
-    options = {"max_shard_size": "5GB"} | dict(options)
-    original = modeling_utils.safe_save_file
-    modeling_utils.safe_save_file = take_down  # type: ignore[assignment]
-    adapted = getattr(model, "_hf_peft_config_loaded", False)
-    if adapted:  # ties are looked for among the model's parameters, of which none has a name that adapters are saved by
-        model.get_parameter_or_buffer = collections.defaultdict[str, object](object).__getitem__
-    try:
-        with _Tracing():
-            model.save_pretrained(staging, state_dict=dict(hollow), is_main_process=True, **options)
-    finally:
-        modeling_utils.safe_save_file = original
-        if adapted:
-            del model.get_parameter_or_buffer
-    for index in staging.glob("*.index*.json"):
-        text = json.loads(index.read_text())  # transformers counted the parameters of this rank
-        distinct = {id(tensor): full_shape(tensor) for tensor in model.parameters()}
-        text["metadata"]["total_parameters"] = sum(map(math.prod, distinct.values()))
-        index.write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
-    return files
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -225,38 +146,18 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
     return [(replica, rank) for rank, replica, sees in sorted(everyone) if sees]
 
 
-def publish(staging: Path, directory: Path, weights: set[str], variant: str | None) -> list[str]:
-    """Move what was written into place. Without a config, which comes last, nobody loads a mixture of two saves.
+def replace_model(staging: Path, directory: Path, weights: set[str], variant: str | None) -> list[str]:
+    """:func:`move_in`; weights of a model that was there go. Without a config nobody loads a mixture of two saves.
 
-    ``weights`` are moved by name: other hosts wrote them, and this one's listing of the directory may be older. Where
-    a model has adapters of transformers' ``add_adapter`` only those were written, and a model in ``directory`` stays.
-
-    Returns:
-        what was moved, relative to ``directory``.
-
-    Raises:
-        OSError: one of them is missing; nothing in ``directory`` was touched.
+    Where a model has adapters of transformers' ``add_adapter`` only those were written, and a model there stays.
     """
-    listed = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
-    fresh = sorted(listed | {Path(name) for name in weights})
-    for path in fresh:
-        sync(staging / path)
-    if Path("config.json") in listed:
-        (directory / "config.json").unlink(missing_ok=True)
+    stale: list[Path] = []
+    if (staging / "config.json").is_file():
         infix = f".{variant}" if variant else ""
-        stale = set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
-        stale |= {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
-        for path in stale - {directory / name for name in weights}:
-            path.unlink(missing_ok=True)
-    for path in sorted(fresh, key=lambda path: (path.name in _CONFIGS, path.name not in weights)):
-        target = directory / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / path, target)
-    sync(directory)
-    return [path.as_posix() for path in fresh]
-
-
-_CONFIGS = ("adapter_config.json", "config.json")
+        there = {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
+        there |= set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
+        stale = [directory / "config.json", *(there - {directory / name for name in weights})]
+    return move_in(staging, directory, weights, stale)
 
 
 def _push(model: Any, directory: Path, files: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,11 +14,13 @@ import transformers
 from transformers import PreTrainedModel, core_model_loading
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.transformers.export import Files, described, publish
+from tp_plugin.integrations.transformers.export import replace_model
+from tp_plugin.integrations.transformers.files import Files, files_of
 from tp_plugin.weights.container import dtype_named
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.manifest import WEIGHT, Manifest
 from tp_plugin.weights.safetensors_file import SafetensorsFile
+from tp_plugin.weights.staging import staged
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
@@ -47,23 +48,21 @@ def export(checkpoint: Path, directory: Path, *, max_shard_size: str | int = "5G
     """
     manifest = Manifest.load(checkpoint)
     model = _on_meta(manifest, checkpoint)
-    staging = directory / f".saving-{secrets.token_hex(4)}"
     fragments = Fragments(checkpoint, manifest)
     try:
-        staging.mkdir(parents=True)
-        files = described(model, staging, {"max_shard_size": max_shard_size})
-        _write(model, files, fragments, staging)
-        for file in _beside(checkpoint):
-            shutil.copy(file, staging / file.name)
-        names = sorted(path.name for path in staging.iterdir())
-        publish(staging, directory, {name for name, _, _ in files}, None)
+        with staged(directory) as staging:
+            files = files_of(model, staging, {"max_shard_size": max_shard_size})
+            _write(model, files, fragments, staging)
+            for file in _beside(checkpoint):
+                shutil.copy(file, staging / file.name)
+            names = sorted(path.name for path in staging.iterdir())
+            replace_model(staging, directory, {name for name, _, _ in files}, None)
     except OSError as failure:
         raise TensorParallelError(
             f"writing {str(directory)!r} failed: {failure.strerror or failure}; no model there was touched."
         ) from failure
     finally:
         fragments.close()
-        shutil.rmtree(staging, ignore_errors=True)
     return names
 
 
