@@ -12,7 +12,7 @@ from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.mesh import ParallelMesh, leave_at_exit
+from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import Sharding
 from tp_plugin.verify.first_step import guard_of
 from tp_plugin.verify.guard import shard_proven
@@ -23,8 +23,7 @@ def register(config: TensorParallelConfig | None = None) -> None:
 
     From then on every engine whose DeepSpeed config sets ``tensor_parallel.autotp_size`` above 1 is sharded by us,
     whoever makes it: ``deepspeed.initialize``, Accelerate, HF Trainer, TRL. Idempotent, and several engines in one
-    process work. Nothing changes for engines without ``autotp_size``. Gloo's groups are destroyed when the process
-    ends, see :func:`tp_plugin.mesh.leave_at_exit`.
+    process work. Nothing changes for engines without ``autotp_size``.
 
     Args:
         config: options for engines whose DeepSpeed config has no ``tp_plugin`` block.
@@ -41,14 +40,12 @@ def register(config: TensorParallelConfig | None = None) -> None:
     transformers.install()
     peft.install()
     trl.install()
-    leave_at_exit()
 
 
 def unregister() -> None:
     """Give everything back to DeepSpeed, Accelerate and transformers. Models that are sharded stay so."""
     from tp_plugin.integrations import accelerate, deepspeed, peft, transformers, trl
 
-    leave_at_exit(False)
     trl.uninstall()
     peft.uninstall()
     transformers.uninstall()

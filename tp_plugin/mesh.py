@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -143,22 +143,16 @@ def bound_device() -> torch.device | None:
     return getattr(dist.group.WORLD, "bound_device_id", None)
 
 
-def leave_at_exit(leave: bool = True) -> None:
-    """Destroy gloo's process groups when this process ends, as PyTorch asks scripts to, and hardly one does.
+@atexit.register  # when this is imported, so that it comes after what scripts register
+def _let_threads_finish() -> None:
+    """Let threads of gloo's that wait for the interpreter have it before it is torn down, where they abort the process.
 
-    Gloo's threads drop the tensors they have sent; one that waits for the interpreter while it is torn down aborts
-    the process ("terminate called without an active exception"), after everything was saved, and the launcher then
-    ends the other ranks, which may be saving still. NCCL has no such threads and is left as it is.
+    They drop the tensors of the last collectives, for which they need it ("terminate called without an active
+    exception", exit code -6, and the launcher ends the other ranks, which may be saving still). PyTorch has every
+    script call ``destroy_process_group``, which does no more here; few do.
     """
-    atexit.unregister(_leave)
-    if leave:
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    failed = getattr(sys, "last_value", None) is not None  # others may be in the middle of something: leave at once
-    if dist.is_initialized() and not failed and "gloo" in dist.get_backend_config():
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        time.sleep(0.01)
 
 
 def check_world(tp_size: int) -> None:
