@@ -27,6 +27,7 @@ from tp_plugin.errors import meet
 from tp_plugin.integrations.transformers import export
 from tp_plugin.layout import ShardLayout
 from tp_plugin.weights import stream
+from tp_plugin.weights.staging import Staging
 
 CASES = {
     "Llama untied ZeRO-1": ("Llama", False, 1, {}),
@@ -338,17 +339,17 @@ def one_comes_late():
 
 def test_a_file_that_is_missing_or_not_listed_yet(tmp_path, monkeypatch):
     """Other hosts wrote weights, which this one's listing of the directory may not show."""
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (staging / name).write_text("new")
-        (tmp_path / name).write_text("old")
-    with pytest.raises(FileNotFoundError, match="model-00002"):
-        export.replace_model(staging, tmp_path, {"model.safetensors", "model-00002-of-00002.safetensors"}, None)
-    assert {path.read_text() for path in tmp_path.glob("*.*")} == {"old"}
-    true = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda self, *a: (path for path in true(self, *a) if path.suffix == ".json"))
-    export.replace_model(staging, tmp_path, {"model.safetensors"}, None)
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "model.safetensors").write_text("old")
+    with Staging(tmp_path) as staging:
+        for name in ("config.json", "model.safetensors"):
+            (staging.path / name).write_text("new")
+        with pytest.raises(FileNotFoundError, match="model-00002"):
+            export.replace_model(staging, {"model.safetensors", "model-00002-of-00002.safetensors"})
+        assert {path.read_text() for path in tmp_path.glob("*.*") if path.is_file()} == {"old"}
+        true = Path.rglob
+        monkeypatch.setattr(Path, "rglob", lambda self, *a: (path for path in true(self, *a) if path.suffix == ".json"))
+        export.replace_model(staging, {"model.safetensors"})
     assert {path.read_text() for path in tmp_path.glob("*.*")} == {"new"}
 
 

@@ -18,7 +18,7 @@ from tp_plugin.integrations.contract import Patches, contract
 from tp_plugin.integrations.transformers.export import Written, collects_nothing, from_first, nothing_here
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.gather import gathered, refuse_shards, unwrapped
-from tp_plugin.weights.staging import move_in, staged
+from tp_plugin.weights.staging import Staging
 from tp_plugin.weights.stream import persistent
 
 
@@ -76,9 +76,9 @@ _ORIGINAL = PeftModel.save_pretrained
 
 
 def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str, Any]) -> None:
-    with staged(directory) as staging:
-        _ORIGINAL(model, str(staging), state_dict=state, **options)
-        move_in(staging, directory)
+    with Staging(directory) as staging:
+        _ORIGINAL(model, str(staging.path), state_dict=state, **options)
+        staging.move_in()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.gather import mesh_of, refuse_shards, unwrapped
 from tp_plugin.weights.safetensors_file import SafetensorsFile
-from tp_plugin.weights.staging import move_in, staged
+from tp_plugin.weights.staging import Staging
 from tp_plugin.weights.stream import Output, between_steps, persistent, stream
 
 
@@ -58,22 +58,22 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     directory, first = Path(directory), not dist.is_initialized() or dist.get_rank() == 0
     push = {name: options.pop(name) for name in ("push_to_hub", *_HUB_OPTIONS) if name in options}
     options.pop("is_main_process", None)
-    staging, files = directory, Files()
+    staging, files, folder = Staging(directory), Files(), directory
     error: str | None = None
     written: list[str] = []
     with contextlib.ExitStack() as held:
         if first:
             try:
-                staging = held.enter_context(staged(directory))
-                files = files_of(model, staging, options)
+                folder = held.enter_context(staging).path
+                files = files_of(model, folder, options)
             except Exception as failure:  # whatever it was, every rank must learn of it
                 error = _sentence(directory, failure)
         agree(error)
-        staging, files = from_first((staging, files))
-        agree(_written(model_or_engine, model, staging, files))
+        folder, files = from_first((folder, files))
+        agree(_written(model_or_engine, model, folder, files))
         if first:
             try:
-                written = replace_model(staging, directory, {name for name, _, _ in files}, options.get("variant"))
+                written = replace_model(staging, {name for name, _, _ in files}, options.get("variant"))
             except Exception as failure:
                 error = _sentence(directory, failure)
         agree(error)
@@ -146,18 +146,18 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
     return [(replica, rank) for rank, replica, sees in sorted(everyone) if sees]
 
 
-def replace_model(staging: Path, directory: Path, weights: set[str], variant: str | None) -> list[str]:
-    """:func:`move_in`; weights of a model that was there go. Without a config nobody loads a mixture of two saves.
+def replace_model(staging: Staging, weights: set[str], variant: str | None = None) -> list[str]:
+    """:meth:`Staging.move_in`, with which the weights of a model that was there go.
 
     Where a model has adapters of transformers' ``add_adapter`` only those were written, and a model there stays.
     """
-    stale: list[Path] = []
-    if (staging / "config.json").is_file():
-        infix = f".{variant}" if variant else ""
-        there = {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
-        there |= set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
-        stale = [directory / "config.json", *(there - {directory / name for name in weights})]
-    return move_in(staging, directory, weights, stale)
+    stale: set[Path] = set()
+    if (staging.path / "config.json").is_file():
+        infix, directory = f".{variant}" if variant else "", staging.directory
+        stale = {directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"}
+        stale |= set(directory.glob(f"model{infix}-?????-of-?????.safetensors"))
+        stale -= {directory / name for name in weights}
+    return staging.move_in(weights, stale)
 
 
 def _push(model: Any, directory: Path, files: Sequence[str], options: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tp_plugin.weights.container import dtype_named
 from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.manifest import WEIGHT, Manifest
 from tp_plugin.weights.safetensors_file import SafetensorsFile
-from tp_plugin.weights.staging import staged
+from tp_plugin.weights.staging import Staging
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
@@ -44,26 +44,25 @@ def export(checkpoint: Path, directory: Path, *, max_shard_size: str | int = "5G
         names of the files written.
 
     Raises:
-        TensorParallelError: what cannot be exported, or a disk that is full; ``directory`` is then as it was.
+        TensorParallelError: what cannot be exported, or a disk that is full; ``directory`` is then as it was, or the
+            sentence says where the rest of the files is.
     """
     manifest = Manifest.load(checkpoint)
     model = _on_meta(manifest, checkpoint)
     fragments = Fragments(checkpoint, manifest)
     try:
-        with staged(directory) as staging:
-            files = files_of(model, staging, {"max_shard_size": max_shard_size})
-            _write(model, files, fragments, staging)
+        with Staging(directory) as staging:
+            files = files_of(model, staging.path, {"max_shard_size": max_shard_size})
+            _write(model, files, fragments, staging.path)
             for file in _beside(checkpoint):
-                shutil.copy(file, staging / file.name)
-            names = sorted(path.name for path in staging.iterdir())
-            replace_model(staging, directory, {name for name, _, _ in files}, None)
+                shutil.copy(file, staging.path / file.name)
+            return replace_model(staging, {name for name, _, _ in files})
     except OSError as failure:
         raise TensorParallelError(
             f"writing {str(directory)!r} failed: {failure.strerror or failure}; no model there was touched."
         ) from failure
     finally:
         fragments.close()
-    return names
 
 
 def _on_meta(manifest: Manifest, checkpoint: Path) -> PreTrainedModel:
