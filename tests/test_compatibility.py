@@ -397,7 +397,16 @@ def zero_init():
 
 
 def resize_after():
-    initialise().module.resize_token_embeddings(140)
+    model = initialise().module
+    assert model.resize_token_embeddings(model.config.vocab_size) is model.get_input_embeddings()  # nothing to do
+    model.resize_token_embeddings(140)
+
+
+def gradient_hook():
+    """As of who trains new tokens only."""
+    model = make("Llama")
+    model.get_input_embeddings().weight.register_hook(lambda grad: grad.index_fill(0, torch.arange(4), 0.0))
+    initialise(model)
 
 
 def deepcopy_after():
@@ -450,7 +459,8 @@ REFUSED = {
     "clipped_by_tensor_in_a_callable": r"the optimizer ClippedByTensor takes another step on the parts",
     "use_kernels": r"use_kernels=True.*load it without",
     "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
-    "resize_after": r"resize before sharding",
+    "resize_after": r"resize_token_embeddings\(140\).*resize before sharding",
+    "gradient_hook": r"embed_tokens\.weight' has a gradient hook.*remove it",
     "deepcopy_after": r"cannot be copied.*copy before sharding",
     "save_16bit_model": r"use tp_plugin\.save_pretrained",
 }

@@ -36,13 +36,25 @@ def guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) ->
         model.register_forward_pre_hook(enter)
         model.register_forward_hook(leave, always_call=True)
 
-    def refuse(*_args: object, **_kwargs: object) -> None:
+    def resize(
+        new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        layout = getattr(embedding.weight, "tp_layout", None)
+        rows = (layout.shape if layout is not None else embedding.weight.shape)[0]
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted += -wanted % pad_to_multiple_of
+        if wanted == rows:
+            return embedding
         raise TensorParallelError(
-            "resize_token_embeddings works on whole embeddings, and this model is sharded; resize before sharding."
+            f"resize_token_embeddings({wanted}) works on whole embeddings, and this model is sharded (the embedding has "
+            f"{rows} rows, of which each rank's weight shows its own); leave it out if {rows} suffice, or resize before "
+            "sharding: at ZeRO-3, where from_pretrained shards, in a script of its own that saves the model."
         )
 
     if hasattr(model, "resize_token_embeddings"):
-        model.resize_token_embeddings = refuse  # type: ignore[assignment]
+        model.resize_token_embeddings = resize  # type: ignore[assignment]
 
 
 def guard_attentions(model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from tp_plugin.sharding import adapters
 from tp_plugin.sharding.adapters import cut
 from tp_plugin.sharding.equal import make_equal
 from tp_plugin.sharding.guards import guard, guard_attentions, guard_experts
+from tp_plugin.sharding.obstacles import obstacle, refuse_hooks
 from tp_plugin.sharding.original import remembering
 from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
 
@@ -102,8 +103,9 @@ def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, 
 
 
 def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Plan:
-    with adapters.taken_out(model) as (bare, _):
+    with adapters.taken_out(model) as (bare, twins):
         plan = plan_for(bare, mesh.tp_size, config.plan, inferring=config.infer != "off")
+        refuse_hooks(plan, _finder(bare, twins))
     library = adapters.of(model)
     objection = None if library is None else library.objection(bare, plan)
     if objection:
@@ -153,35 +155,6 @@ def layouts_by_name(model: nn.Module, plan: Plan) -> dict[str, ShardLayout]:
     found = {id(param): layout for param, layout in _layouts(plan, _finder(model, ()))}
     tensors = model.named_parameters(remove_duplicate=False)
     return {name: found[id(param)] for name, param in tensors if id(param) in found}
-
-
-def obstacle(model: nn.Module, *, unread: bool = False) -> str | None:
-    """Why this model, as it is now, cannot be sharded; None if it can. ``unread``: its parameters are read later."""
-    for name, param in model.named_parameters():
-        if hasattr(param, "ds_id"):
-            return (
-                "the model was built under DeepSpeed's zero.Init, its parameters are partitioned over the wrong group; "
-                "call tp_plugin.register() before it is loaded (python -m tp_plugin.run does), or build it outside of "
-                "deepspeed.zero.Init."
-            )
-        if param.is_meta and not unread:
-            return f"parameter {name!r} is on the meta device; load the weights before sharding."
-        if param.grad is not None:
-            return f"parameter {name!r} has a gradient already; shard before the first backward."
-    library = adapters.of(model)
-    if library is not None and (objection := library.obstacle(model)):
-        return objection
-    for name, module in model.named_modules():
-        if library is None and (
-            hasattr(module, "peft_config") or isinstance(getattr(module, "base_layer", None), nn.Module)
-        ):
-            return (
-                f"{name or 'the model'} carries an adapter that tp_plugin does not know; call tp_plugin.register() "
-                "first, or train the full model."
-            )
-        if type(module).__name__ == "OptimizedModule":
-            return "the model is compiled already; compile it after sharding (or let the Trainer do it)."
-    return None
 
 
 def layouts_of(model: nn.Module) -> dict[str, ShardLayout]:

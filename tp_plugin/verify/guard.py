@@ -11,7 +11,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import plan_for
 from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
-from tp_plugin.sharding.shard import obstacle
+from tp_plugin.sharding.obstacles import obstacle
 from tp_plugin.verify.check import examined
 from tp_plugin.verify.first_step import StepGuard, guard_of
 
