@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
 import os
 import pickle
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,8 +23,11 @@ import tp_plugin
 from tests.support import zoo
 from tests.support.cases import launched, sentence
 from tests.support.models import make
+from tests.support.ranks import on_ranks
 from tests.support.train import config_for
 from tests.verify import custom
+from tp_plugin.errors import TensorParallelError, meet
+from tp_plugin.integrations.transformers import load
 from tp_plugin.weights.reader import Reader
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -340,3 +346,19 @@ def test_every_rank_raises_one_sentence(name):
 def test_no_code_of_a_pickle_has_run():
     launched(2, __name__, tuple(SENTENCES))
     assert not Path("/tmp/tp_plugin_was_here").exists()
+
+
+def one_comes_late():
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "meet", functools.partial(meet, patience=0.3))
+        with pytest.raises(TensorParallelError, match="there is no directory"):
+            tp_plugin.from_pretrained("/no/such/model")
+    return said.getvalue()
+
+
+def test_a_rank_that_loads_alone_says_that_it_waits():
+    first, second = on_ranks(2, one_comes_late)
+    assert "rank 0 waits in from_pretrained for other ranks" in first
+    assert not second

@@ -48,9 +48,9 @@ def guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) ->
         if wanted == rows:
             return embedding
         raise TensorParallelError(
-            f"resize_token_embeddings({wanted}) works on whole embeddings, and this model is sharded (the embedding has "
-            f"{rows} rows, of which each rank's weight shows its own); leave it out if {rows} suffice, or resize before "
-            "sharding: at ZeRO-3, where from_pretrained shards, in a script of its own that saves the model."
+            f"resize_token_embeddings({wanted}) works on whole embeddings, and this model is sharded (each rank's "
+            f"weight shows its own of the {rows} rows); leave it out if they suffice, or resize before sharding: at ZeRO-3, "
+            "where from_pretrained shards, in a script of its own that saves the model."
         )
 
     if hasattr(model, "resize_token_embeddings"):

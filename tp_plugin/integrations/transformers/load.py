@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed as trainer_side
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError, agree, sentence_of
+from tp_plugin.errors import TensorParallelError, agree, meet, sentence_of
 from tp_plugin.layout import ShardLayout
-from tp_plugin.mesh import ParallelMesh
+from tp_plugin.mesh import ParallelMesh, take_device
 from tp_plugin.plans import Plan
 from tp_plugin.sharding.equal import make_equal, require_alike
 from tp_plugin.sharding.shard import install as install_sharded
@@ -55,6 +55,9 @@ def load_sharded(call: Callable[[], Any], name: Any, config: TensorParallelConfi
         TensorParallelError: on every rank together, before anything is read if the checkpoint does not fit.
     """
     global _CURRENT
+    if dist.is_initialized():
+        take_device()
+        meet("from_pretrained")
     mesh = ParallelMesh.create(config.tp_size)
     load = _CURRENT = Load(name, config, mesh)
     try:
