@@ -49,8 +49,8 @@ def guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) ->
             return embedding
         raise TensorParallelError(
             f"resize_token_embeddings({wanted}) works on whole embeddings, and this model is sharded (each rank's "
-            f"weight shows its own of the {rows} rows); leave it out if they suffice, or resize before sharding: at ZeRO-3, "
-            "where from_pretrained shards, in a script of its own that saves the model."
+            f"weight shows its own of the {rows} rows); leave it out if they suffice, or resize before sharding: at "
+            "ZeRO-3, where from_pretrained shards, in a script of its own that saves the model."
         )
 
     if hasattr(model, "resize_token_embeddings"):
