@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,8 +40,8 @@ def guard(model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) ->
 
     def resize(
         new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    ) -> Any:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         layout = getattr(embedding.weight, "tp_layout", None)
         rows = (layout.shape if layout is not None else embedding.weight.shape)[0]
         wanted = rows if new_num_tokens is None else new_num_tokens
