@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import tp_plugin
 from tests.support.ranks import on_ranks
 from tests.support.resume import engine_of, train
 from tp_plugin.weights import atomic
 from tp_plugin.weights.atomic import write_file, written_whole
+from tp_plugin.weights.container import write_tensors
 from tp_plugin.weights.whole import LATEST
 
 
@@ -89,7 +92,7 @@ def everyones(calls: list[Call]) -> list[Call]:
 
 
 def saved() -> dict[str, str]:
-    """Of two ranks: a checkpoint and an export, and again over them. What is wrong of each, as the first rank sees it."""
+    """A checkpoint and an export of two ranks, and again over them: what is wrong with each, on the first rank."""
     shared = [tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     checkpoints, export, wrong = Path(shared[0], "checkpoints"), Path(shared[0], "export"), {}
@@ -148,12 +151,12 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(name):
 def test_so_is_a_directory(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-    for content in (b"a", b"bc"):
+    for content in (torch.zeros(1), torch.ones(2)):
         with noted() as calls, written_whole(tmp_path / "target") as temporary:
-            write_file(temporary / "file", content)
+            write_tensors(temporary / "file", {"a": content})
         calls = [call for call in calls if not call.path.endswith("-replaced")]  # what is moved out of the way
         on_the_disk(calls, tmp_path / "target")
-    assert (tmp_path / "target" / "file").read_bytes() == b"bc"
+    assert torch.equal(load_file(tmp_path / "target" / "file")["a"], content)
 
 
 def test_so_is_a_small_file(tmp_path):
