@@ -15,9 +15,12 @@ What is counted, for each rank, from the moment its libraries are imported and i
 - ``peak_anonymous`` is given too: the same for RssAnon, sampled every 2 ms.
 - ``saving``: the same two, from the moment before the save.
 - ``held``: bytes of the parameters in the end.
-- ``read``: bytes taken out of the files. Ours are counted in the reader, and ``by_system_calls`` (rchar of
-  /proc/self/io) has those of them that were not mapped. transformers maps files and reads a tensor when it is used: for
-  stock it is the mapped pages that came into a rank's memory (RssFile).
+- ``read``: bytes taken out of the files. Ours are the slices that were asked for, counted in the reader, and
+  ``by_system_calls`` (rchar of /proc/self/io) has those of them that were not mapped. transformers maps files and reads
+  a tensor when it is used: for stock it is the mapped pages that came into a rank's memory (RssFile).
+- ``touched``: bytes of the pages that ``read`` lies in; ours only. Columns of a matrix lie in nearly all of its pages,
+  so all ranks together touch more than the file. The ranks of one host share its page cache, and its disk is read once;
+  a host that holds some of the ranks takes its ranks' pages from the disk, and what the system reads ahead besides.
 
 In the checkpoint's own dtype transformers' whole model is a mapping, of which AutoTP copies out shards; in another
 (``--dtype float32``) every rank holds a whole copy.
@@ -155,9 +158,10 @@ def rank(args: argparse.Namespace) -> None:
                 folder, tp_size=args.tp, dtype=args.dtype, model_class=AutoModelForCausalLM
             )
             read = sum(reader.bytes_read for reader in readers)
+            touched = sum(reader.bytes_touched for reader in readers)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
-            read = None
+            read = touched = None
         loaded, loading = time.perf_counter(), memory.risen()
         engine, *_ = deepspeed.initialize(model=model, config=setup)
         dist.barrier()
@@ -187,6 +191,7 @@ def rank(args: argparse.Namespace) -> None:
         **{f"{name}_of_loading": size for name, size in loading.items()},
         "held": sum(parameter.nbytes for parameter in engine.module.parameters()),
         "read": risen["mapped"] if read is None else read,
+        "touched": touched,
         "read_by_system_calls": calls,
         "load_seconds": loaded - start,
         "seconds": done - start,
@@ -249,6 +254,11 @@ def report(args: argparse.Namespace, size: int, found: dict[str, list[list[dict]
                 + ("peak_of_saving", "peak_anonymous_of_saving")
             },
             "read_by_all_over_checkpoint": round(max(sum(one["read"] for one in run) for run in runs) / size, 3),
+            **(
+                {"touched_by_all_over_checkpoint": round(sum(one["touched"] for one in runs[0]) / size, 3)}
+                if runs[0][0]["touched"] is not None
+                else {}
+            ),
             "of_it_by_system_calls": round(
                 max(sum(one["read_by_system_calls"] for one in run) for run in runs) / size, 3
             ),

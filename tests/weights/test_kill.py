@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,25 +18,65 @@ import torch.distributed as dist
 from tests.support import resume
 from tests.support.ranks import on_ranks, outcomes
 from tests.support.zygote import GRACE_S
+from tp_plugin.integrations.deepspeed import checkpoint
+from tp_plugin.weights import container
+from tp_plugin.weights.atomic import MARK
 from tp_plugin.weights.whole import LATEST, examine
 
 WORLD, TP = 4, 2
 OPTIONS = {"family": "Llama", "heads": (4, 2), "tied": False, "vocab_size": 20_000}  # large enough to take a while
 
 
-def save_and_be_killed(folder: str, victim: int, moment: float, tag: str | None) -> None:
-    """A whole checkpoint; then another, in which rank ``victim`` is killed at ``moment`` of the time it takes."""
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_when_writing() -> None:
+    """Half of the next large tensor gets into this rank's file."""
+    whole = container._write
+
+    def half(file: Any, data: memoryview) -> None:
+        if len(data) >= 1 << 16:
+            whole(file, data[: len(data) // 2])
+            die()
+        whole(file, data)
+
+    container._write = half
+
+
+def die_when_swapped() -> None:
+    """The directory is in its place, and ``latest`` is not written yet."""
+    whole = checkpoint.write_file
+
+    def never(path: Path, content: bytes) -> None:
+        if path.name == LATEST:
+            die()
+        whole(path, content)
+
+    checkpoint.write_file = never
+
+
+PLACES = {"writing": die_when_writing, "swapped": die_when_swapped}
+
+
+def save_and_be_killed(folder: str, victim: int, moment: float | str, tag: str | None) -> None:
+    """A whole checkpoint; then another, in which rank ``victim`` is killed.
+
+    ``moment``: one of :data:`PLACES`, or after that many times what the first save took.
+    """
     engine = resume.engine_of(TP, 1, **OPTIONS)
     resume.train(engine, TP, (0,), "Llama")
     start = time.monotonic()
     engine.save_checkpoint(folder, tag)
     seconds = time.monotonic() - start
     resume.train(engine, TP, (1,), "Llama")
-    Path(folder, f"steps-{dist.get_rank()}").write_text(str(engine.global_steps))
     dist.barrier()
-    if dist.get_rank() == victim:
-        threading.Timer(moment * seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if dist.get_rank() == victim and isinstance(moment, str):
+        PLACES[moment]()
+    elif dist.get_rank() == victim:
+        threading.Timer(moment * seconds, die).start()
     engine.save_checkpoint(folder, tag)
+    Path(folder, f"through-{dist.get_rank()}").touch()
     for _ in range(1000):  # the victim was faster than expected: the next steps find it dead
         dist.barrier()
         time.sleep(0.01)
@@ -52,20 +93,23 @@ def load_each(folders: list[str]) -> list[int]:
     return steps
 
 
+def launched(victim: int, moment: float | str, tag: str | None) -> dict:
+    folder = Path(tempfile.mkdtemp())
+    start = time.monotonic()
+    found = outcomes(WORLD, save_and_be_killed, str(folder), victim, moment, tag, timeout_s=120)
+    return {
+        "folder": folder,
+        "victim": victim,
+        "found": found,
+        "seconds": time.monotonic() - start,
+        "interrupted": not (folder / f"through-{victim}").exists(),
+    }
+
+
 @functools.cache
-def killed(count: int) -> list[dict]:
-    """``count`` launches, each with its victim and moment; one more launch loads what is left of all of them."""
-    chance = random.Random(count)
-    root = tempfile.mkdtemp()
-    runs = []
-    for index in range(count):
-        folder = Path(root, str(index))
-        folder.mkdir()
-        victim, moment = chance.randrange(WORLD), chance.uniform(0.0, 1.1)
-        tag = "again" if index % 2 else None  # the same name twice: what is replaced must stay whole as well
-        start = time.monotonic()
-        found = outcomes(WORLD, save_and_be_killed, str(folder), victim, moment, tag, timeout_s=120)
-        runs.append({"folder": folder, "victim": victim, "found": found, "seconds": time.monotonic() - start})
+def killed(plans: tuple[tuple[int, float | str, str | None], ...]) -> list[dict]:
+    """A launch for each (victim, moment, tag); one more launch loads what is left of all of them."""
+    runs = [launched(*plan) for plan in plans]
     loaded = on_ranks(2, load_each, [str(run["folder"]) for run in runs], timeout_s=300)[0]
     return [run | {"loaded": steps} for run, steps in zip(runs, loaded, strict=True)]
 
@@ -81,12 +125,41 @@ def holds(run: dict) -> None:
     assert examine(run["folder"] / named) is None
 
 
-@pytest.mark.parametrize("index", range(3))
-def test_a_killed_rank_ruins_nothing(index):
-    holds(killed(3)[index])
+# the first rank writes the manifest, renames and writes `latest`; the same name twice: there is something to lose
+PLANNED = {
+    "the first rank, writing": (0, "writing", "again"),
+    "the first rank, swapped": (0, "swapped", "again"),
+    "another rank, writing": (2, "writing", "again"),
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_killed_rank_ruins_nothing(name):
+    run = killed(tuple(PLANNED.values()))[list(PLANNED).index(name)]
+    holds(run)
+    assert run["interrupted"], "the save was through before the kill"
+    assert run["loaded"] == (2 if "swapped" in name else 1)
+    left = [path.name for path in run["folder"].iterdir() if path.name.startswith(MARK)]
+    assert len(left) == (0 if "swapped" in name else 1), "the kill came at another moment"
+
+
+def plans(count: int) -> tuple[tuple[int, float, str | None], ...]:
+    """Every rank is the victim equally often, of saves under a new name and under that of what is there."""
+    chance = random.Random(count)
+    return tuple(
+        (index % WORLD, chance.uniform(0.0, 1.1), "again" if index // WORLD % 2 == 0 else None)
+        for index in range(count)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(20))
 def test_a_rank_killed_at_any_moment_ruins_nothing(index):
-    holds(killed(20)[index])
+    holds(killed(plans(20))[index])
+
+
+@pytest.mark.slow
+def test_saves_were_interrupted():
+    interrupted = [run["victim"] for run in killed(plans(20)) if run["interrupted"]]
+    assert 0 in interrupted
+    assert len(interrupted) >= 5, interrupted

@@ -26,7 +26,8 @@ def loaded(folder: str) -> dict[str, int]:
     with readers() as opened, Memory() as memory:
         model = tp_plugin.from_pretrained(folder)
         found = memory.risen()
-    found |= {"held": sum(tensor.nbytes for tensor in model.parameters()), "read": opened[0].bytes_read}
+    found |= {"held": sum(tensor.nbytes for tensor in model.parameters()), "read": opened[0].bytes_read,
+              "touched": opened[0].bytes_touched}  # fmt: skip
     del model
     dist.barrier()
     with Memory() as memory:
@@ -46,9 +47,15 @@ def measured() -> tuple[int, list[dict[str, int]]]:
         return write_checkpoint(Path(folder), sizes), on_ranks(4, loaded, folder)
 
 
-def test_all_ranks_read_the_files_once():
+def test_all_ranks_ask_for_the_files_once():
     size, ranks = measured()
     assert sum(rank["read"] for rank in ranks) <= 1.05 * size
+
+
+def test_a_rank_alone_touches_a_part_of_the_pages():
+    """More than it asks for: columns of a matrix lie in nearly all pages of it."""
+    size, ranks = measured()
+    assert all(rank["read"] < rank["touched"] < 0.5 * size for rank in ranks)
 
 
 @pytest.mark.parametrize("kind", ["peak", "peak_anonymous"])

@@ -47,13 +47,17 @@ def parts(shape):
 @pytest.mark.parametrize("name", TENSORS)
 def test_any_part_is_read_and_no_more(reader, monkeypatch, name, window):
     monkeypatch.setattr(module, "WINDOW", window)
+    monkeypatch.setattr(module, "PAGE", 16)
     whole = TENSORS[name]
+    places = torch.arange(whole.numel()).view(whole.shape) * whole.itemsize + reader._entries[name].start
     assert (reader.shape(name), reader.dtype(name)) == (tuple(whole.shape), whole.dtype)
     assert torch.equal(reader.read(name), whole)
     for index in parts(whole.shape):
-        before = reader.bytes_read
+        before, touched = reader.bytes_read, reader.bytes_touched
         assert torch.equal(reader.read(name, index), whole[index])
         assert reader.bytes_read - before == whole[index].nbytes
+        pages = {(start + byte) // 16 for start in places[index].flatten().tolist() for byte in range(whole.itemsize)}
+        assert reader.bytes_touched - touched == 16 * len(pages)
         if whole.is_floating_point():
             wide = torch.full((*whole[index].shape, 2), float("nan"), dtype=torch.float64)
             reader.read_into(wide[..., 0], name, index)  # strided, and in another dtype

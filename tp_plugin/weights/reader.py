@@ -24,6 +24,8 @@ from tp_plugin.weights import safetensors_file
 
 WINDOW = 8 << 20
 """Bytes of staging, or of a mapped file, at a time."""
+PAGE = mmap.PAGESIZE
+"""What a file is read in."""
 DTYPES = {name: dtype for dtype, name in safetensors_file.DTYPES.items()}
 """What the format's names of dtypes stand for."""
 _LONGEST_HEADER = 100_000_000  # as safetensors itself has it
@@ -45,13 +47,15 @@ class Reader:
 
     Attributes:
         bytes_read: bytes of tensors asked for so far, headers not counted.
+        bytes_touched: bytes of the pages they lie in, of safetensors files. A host that reads alone takes at least
+            these from its disk, and as a rule whole rows, of which the system reads ahead what lies between.
     """
 
     def __init__(self, entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
         self._entries, self._tensors = dict(entries), dict(tensors)
         self._files: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_touched = 0
 
     @classmethod
     def open(cls, files: Sequence[str | Path], index: Mapping[str, str] | None = None) -> Reader:
@@ -141,6 +145,8 @@ class Reader:
         if not out.numel():
             return
         self.bytes_read += out.numel() * self.dtype(name).itemsize
+        if name in self._entries:
+            self.bytes_touched += _pages(self._entries[name], index) * PAGE
         with torch.no_grad():
             if name in self._tensors:
                 out.copy_(self._tensors[name][index])
@@ -216,6 +222,26 @@ def _rows(out: torch.Tensor, row: int) -> list[tuple[int, torch.Tensor]]:
     """``out`` in pieces along its first dimension that span at most :data:`WINDOW` bytes of the file, or one row."""
     step = max(1, WINDOW // max(row, 1))
     return [(first, out.narrow(0, first, min(step, out.shape[0] - first))) for first in range(0, out.shape[0], step)]
+
+
+def _pages(entry: Entry, index: Index) -> int:
+    """How many pages of its file a slice that is not empty has bytes in."""
+    run, starts = entry.dtype.itemsize, torch.tensor([entry.start])
+    strides = [math.prod(entry.shape[dim + 1 :]) * run for dim in range(len(entry.shape))]
+    cut = len(index)
+    while cut and index[cut - 1] == slice(0, entry.shape[cut - 1]):
+        cut -= 1
+    if cut:  # the last dimension that is not whole: of it, and of all behind it, a slice has one run of bytes
+        run, first = (index[cut - 1].stop - index[cut - 1].start) * strides[cut - 1], index[cut - 1].start
+        starts = starts + first * strides[cut - 1]
+    else:
+        run *= math.prod(entry.shape)
+    for dim in reversed(range(cut - 1)):
+        offsets = torch.arange(index[dim].start, index[dim].stop) * strides[dim]
+        starts = (offsets[:, None] + starts).view(-1)
+    first_page, last_page = starts // PAGE, (starts + run - 1) // PAGE
+    shared = (first_page[1:] == last_page[:-1]).sum()
+    return int((last_page - first_page + 1).sum() - shared)
 
 
 def _header(file: str) -> dict[str, Entry]:
