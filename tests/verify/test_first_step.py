@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import weakref
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def a_loss_of_its_own(stage):
 def test_a_loss_that_reads_a_shard_for_the_head_is_caught(stage):
     errors = errors_on_ranks(2, a_loss_of_its_own, stage)
     assert len(set(errors)) == 1
-    assert "computed again without tensor parallelism differs: loss" in errors[0]
+    assert "computed again without tensor parallelism differs: the trainer's loss" in errors[0]
     assert " here, " in errors[0]
 
 
@@ -326,6 +327,46 @@ def test_a_parameter_is_gathered_once_a_forward():
     assert len(reads) == 2, "weight and bias, once each"
     twin.used.weight  # noqa: B018
     assert len(reads) == 3, "outside of a forward a parameter is read anew"
+
+
+def iterated(family, stage, dtype):
+    """Names, shapes and dtypes that a twin's parameters say they have, and how far their values are from the truth."""
+    engine, truth = engine_of(family, stage), dict(make(family).named_parameters())
+    twin = plain_twin(engine.module, guard_of(engine).mesh, dtype)
+    told = {name: (list(param.shape), param.dtype) for name, param in twin.named_parameters()}
+    assert told == {name: (list(param.shape), dtype or param.dtype) for name, param in truth.items()}
+    assert all(param.requires_grad and isinstance(param, torch.nn.Parameter) for param in twin.parameters())
+    with torch.no_grad():
+        return max(float((param - truth[name]).abs().max()) for name, param in twin.named_parameters())
+
+
+@pytest.mark.parametrize(("family", "stage", "dtype"), [("Gemma2", 1, None), ("Llama", 3, torch.float64)])
+def test_iterating_over_the_twin_gives_whole_parameters(family, stage, dtype):
+    assert on_ranks(2, iterated, family, stage, dtype) == [0, 0]
+
+
+def test_iterated_parameters_are_read_when_used_and_not_kept():
+    model, read = Two(), []
+    for param in model.parameters():
+        param.tp_layout = ShardLayout.even((8, *param.shape[1:]), 0, 2)
+    twin = plain_twin(model, ParallelMesh.single())
+    for module in (twin.used, twin.unused):
+        gathered = vars(module)["_parameters"]
+
+        def whole(param):
+            made = param.detach().repeat(2, *[1] * (param.dim() - 1))
+            assert all(earlier() is None for earlier in read), "one at a time"
+            read.append(weakref.ref(made))
+            return made
+
+        gathered._read = whole
+    first = next(twin.parameters())
+    assert (first.shape, first.dtype, first.device.type) == ((8, 4), torch.float32, "cpu")
+    assert read == []
+    with torch.no_grad():
+        norm = sum(float(param.norm()) for param in twin.parameters())
+    assert len(read) == 4
+    assert norm == pytest.approx(sum(2**0.5 * float(param.norm()) for param in model.parameters()))
 
 
 def test_rounding_is_no_difference_and_what_is_not_rounding_is_one():

@@ -24,10 +24,10 @@ from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
 from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
 from tp_plugin.verify.cut import copied, cut
-from tp_plugin.verify.differences import Seen, difference, named_tensors, sample
+from tp_plugin.verify.differences import TRAINERS_LOSS, Seen, difference, first_apart, named_tensors, note_norms, sample
 from tp_plugin.verify.exact import exactly, nothing_kept, rounds, widened
 from tp_plugin.verify.gradients import GradientWatch
-from tp_plugin.verify.replicas import require_equal_replicas
+from tp_plugin.verify.replicas import is_turn, require_equal_replicas
 from tp_plugin.verify.twin import plain_twin
 from tp_plugin.weights.stream import between_steps
 
@@ -65,8 +65,7 @@ class StepGuard:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         training = model.training and torch.is_grad_enabled()
         if training:
-            every = self.config.check_replicas_every
-            if self.replicas_due or (every and self.forwards % every == 0):
+            if self.replicas_due or is_turn(self.forwards, self.config.check_replicas_every):
                 with between_steps(model):
                     require_equal_replicas(model, self.mesh)
                 self.replicas_due = False
@@ -220,9 +219,10 @@ class StepGuard:
             if watch is not None:
                 stack.callback(watch(taking_part[0]))
             value = run(taking_part[0], copied(batch), *taking_part[1:])
-        loss = value if isinstance(value, torch.Tensor) else getattr(value, "loss", None)
+        # beside what the model gave, which may have a loss too: to that a trainer may add terms of its own
+        name, loss = (TRAINERS_LOSS, value) if isinstance(value, torch.Tensor) else ("loss", getattr(value, "loss", None))
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            return {"loss": loss.detach().float().reshape(())} | outputs
+            return {name: loss.detach().float().reshape(())} | outputs
         return outputs
 
     def _where(self, run: Run, batch: Mapping[str, Any], models: list[nn.Module], *, exact: bool) -> str:
@@ -230,27 +230,12 @@ class StepGuard:
         norms: list[dict[str, float]] = []
 
         def watch(model: nn.Module) -> Callable[[], object]:
-            seen: dict[str, float] = {}
-            norms.append(seen)
-            handles = []
-            for name, module in model.named_modules():
-                if name.rpartition(".")[2].isdigit() or name.count(".") <= 1:
-
-                    def note(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-                        first = output[0] if isinstance(output, tuple | list) and output else output
-                        if type(first) in (torch.Tensor, nn.Parameter) and first.is_floating_point():
-                            seen.setdefault(name, float(first.detach().float().norm()))
-
-                    handles.append(module.register_forward_hook(note))
-            return lambda: [handle.remove() for handle in handles]
+            norms.append({})
+            return note_norms(model, norms[-1])
 
         for sharded in (True, False):
             self._seen(run, batch, models, sharded=sharded, exact=exact, watch=watch)
-        mine, theirs = norms
-        for name, norm in theirs.items():  # in the order in which modules finished
-            if name in mine and abs(mine[name] - norm) > 0.02 * max(norm, 1e-6):
-                return name
-        return ""
+        return first_apart(*norms)
 
     @contextlib.contextmanager
     def _apart(self, models: list[nn.Module]) -> Iterator[None]:
