@@ -182,6 +182,57 @@ def test_rounding_between_replicas_is_a_warning_once():
     assert not second
 
 
+def loss_of_a_shard(engine, inputs, called):
+    """As a loop has it that makes its loss itself, of the weight that the head has on this rank."""
+    if called == "trunk":
+        hidden = engine.module.model(input_ids=inputs["input_ids"]).last_hidden_state
+    else:
+        hidden = engine(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states[-1]
+    logits = hidden @ engine.module.lm_head.weight.T
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten().clamp(-100, 60))
+
+
+def a_loop_of_ones_own(called, guard):
+    """The step at which it was stopped, and how."""
+    engine = engine_of("Llama", 1, {"tp_plugin": {"guard": guard, "quiet": True}})
+    engine.optimizer.param_groups[0]["lr"] = 0.1 if not guard else 1e-6
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        for step in range(4):
+            try:
+                engine.backward(loss_of_a_shard(engine, batch(step, 3), called))
+            except tp_plugin.TensorParallelError as refused:
+                return step, str(refused), said.getvalue()
+            engine.step()
+    return None, "", said.getvalue()
+
+
+@pytest.mark.parametrize("called", ["engine", "trunk"])
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_loop_whose_loss_reads_a_shard_is_stopped_by_gradients_or_after_its_first_step(called, guard):
+    """Two batches make a step: gradients are compared after the first of them, replicas after the second."""
+    found = on_ranks(2, a_loop_of_ones_own, called, guard)
+    for step, refused, _ in found:
+        assert step == (1 if guard else 2)
+        assert refused.startswith("the gradient of '" if guard else "'")
+        assert "is not the same on the ranks of a tensor-parallel group" in refused
+        assert "it is another on rank 1 than on the first of the group" in refused
+        assert "usually a loss reads a sharded weight by itself" in refused
+    assert ("the loss is made of a part of the model" in found[0][2]) == (guard and called == "trunk")
+
+
+def a_sound_loop_around_the_trunk():
+    engine = engine_of("Llama", 3)
+    for step in range(3):
+        hidden = engine.module.model(input_ids=batch(step, 3)["input_ids"]).last_hidden_state
+        engine.backward(hidden.pow(2).mean())
+        engine.step()
+    return guard_of(engine).forwards
+
+
+def test_a_sound_loop_around_the_trunk_is_not_stopped():
+    assert on_ranks(2, a_sound_loop_around_the_trunk) == [3, 3]
+
+
 def a_shared_head(stage):
     engine = engine_of("Llama", stage, heads=(4, 1))
     weight = engine.module.model.layers[1].self_attn.k_proj.weight
@@ -366,7 +417,7 @@ def test_iterated_parameters_are_read_when_used_and_not_kept():
     with torch.no_grad():
         norm = sum(float(param.norm()) for param in twin.parameters())
     assert len(read) == 4
-    assert norm == pytest.approx(sum(2**0.5 * float(param.norm()) for param in model.parameters()))
+    assert norm == pytest.approx(sum(2**0.5 * param.norm().item() for param in model.parameters()))
 
 
 def test_rounding_is_no_difference_and_what_is_not_rounding_is_one():

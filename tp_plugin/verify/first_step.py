@@ -23,11 +23,12 @@ from tp_plugin.sharding import Sharding
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
 from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
-from tp_plugin.verify.cut import copied, cut
+from tp_plugin.verify.cut import copied, cut, is_plain
 from tp_plugin.verify.differences import TRAINERS_LOSS, Seen, difference, first_apart, named_tensors, note_norms, sample
 from tp_plugin.verify.exact import exactly, nothing_kept, rounds, widened
 from tp_plugin.verify.gradients import GradientWatch
 from tp_plugin.verify.replicas import is_turn, require_equal_replicas
+from tp_plugin.verify.trunk import trunk_of
 from tp_plugin.verify.twin import plain_twin
 from tp_plugin.weights.stream import between_steps
 
@@ -54,6 +55,8 @@ class StepGuard:
         self.forwards, self.replicas_due = 0, False
         self.inputs: InputGuard = model.__dict__[INPUTS]
         self.inputs.then.append(self._before_forward)
+        self._said, self._wholes = False, 0
+        trunk_of(model).register_forward_pre_hook(self._before_trunk)
         model.__dict__[ATTRIBUTE] = self
 
     def request(self) -> None:
@@ -65,25 +68,43 @@ class StepGuard:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         training = model.training and torch.is_grad_enabled()
         if training:
-            if self.replicas_due or is_turn(self.forwards, self.config.check_replicas_every):
-                with between_steps(model):
-                    require_equal_replicas(model, self.mesh)
-                self.replicas_due = False
-            self.forwards += 1
-            if self.gradients is not None and self.gradients.complete():
-                self.gradients.stop()
-                agree(self.gradients.missing())
-                self.gradients = None
-            elif self.gradients is not None:
-                self.gradients.start()
+            self._wholes += 1
+            self._before_training()
         if self.due[training] and model.training == training:
             if not training and not self.due[True]:
                 self.due[False] = False  # its training has been examined
-            elif _is_plain((args, kwargs)):
+            elif is_plain((args, kwargs)):
                 self.examine(lambda m, batch: m(*batch["args"], **batch["kwargs"]), {"args": args, "kwargs": kwargs})
             elif training:
                 self.due[True] = False
                 self._say_unchecked("inputs that are no tensors, such as a cache, would be spoilt", None)
+
+    @torch.compiler.disable(reason=NO_FULLGRAPH)
+    def _before_trunk(self, trunk: nn.Module, _args: tuple) -> None:
+        """Loops may run the model without its head, and never the whole model: no loss can be computed again then."""
+        if not trunk.training or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        if self._wholes or trunk is self.model:
+            self._wholes = 0
+            return
+        self._before_training()
+        if self.due[True] and not self._said:
+            self._said = True
+            self._say_unchecked("the loss is made of a part of the model, whose own forward is not called", None)
+
+    def _before_training(self) -> None:
+        if self.replicas_due or is_turn(self.forwards, self.config.check_replicas_every):
+            with between_steps(self.model):
+                require_equal_replicas(self.model, self.mesh)
+            self.replicas_due = False
+        self.forwards += 1
+        if self.gradients is not None and self.gradients.complete():
+            self.gradients.stop()
+            agree(self.gradients.missing())
+            self.gradients.compare(self.mesh)
+            self.gradients = None
+        elif self.gradients is not None:
+            self.gradients.start()
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def examine(
@@ -220,7 +241,9 @@ class StepGuard:
                 stack.callback(watch(taking_part[0]))
             value = run(taking_part[0], copied(batch), *taking_part[1:])
         # beside what the model gave, which may have a loss too: to that a trainer may add terms of its own
-        name, loss = (TRAINERS_LOSS, value) if isinstance(value, torch.Tensor) else ("loss", getattr(value, "loss", None))
+        name, loss = (
+            (TRAINERS_LOSS, value) if isinstance(value, torch.Tensor) else ("loss", getattr(value, "loss", None))
+        )
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             return {name: loss.detach().float().reshape(())} | outputs
         return outputs
@@ -273,12 +296,3 @@ def guard_of(model: Any) -> StepGuard | None:
     if not isinstance(model, nn.Module):
         return None
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
-
-
-def _is_plain(tree: Any) -> bool:
-    """Whether the inputs are tensors and plain values only: a cache that a forward fills would be spoilt."""
-    if isinstance(tree, Mapping):
-        return all(_is_plain(value) for value in tree.values())
-    if isinstance(tree, tuple | list):
-        return all(_is_plain(value) for value in tree)
-    return tree is None or isinstance(tree, torch.Tensor | int | float | str)

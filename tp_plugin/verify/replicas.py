@@ -27,8 +27,8 @@ DRIFT = 1e-2
 """The largest distance between replicas, relative to their norm, that is a warning and no error: on GPUs some kernels
 add in no fixed order, and the gradients of two replicas then differ by rounding."""
 CAUSES = (
-    "usually a loss reads a sharded weight by itself (let it use the model's outputs) or code writes a parameter on one "
-    "rank only (let all ranks do so)"
+    "usually a loss reads a sharded weight by itself (let it use the model's outputs) or code writes a parameter on "
+    "one rank only (let all ranks do so)"
 )
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -103,7 +103,7 @@ def require_equal_replicas(model: nn.Module, mesh: ParallelMesh) -> None:
     all_reduce_(distances, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
     worst = int(distances.argmax())
     name, far = replicas[apart[worst]].name, float(distances[worst])
-    ranks = _ranks(bool(apart_here[mesh.tp_rank, apart[worst]]), device)
+    ranks = named_ranks(bool(apart_here[mesh.tp_rank, apart[worst]]), device)
     if not far <= DRIFT:
         raise TensorParallelError(
             f"{name!r} is not the same on the ranks of a tensor-parallel group, which must hold equal replicas "
@@ -121,7 +121,7 @@ def require_equal_replicas(model: nn.Module, mesh: ParallelMesh) -> None:
         )
 
 
-def _ranks(here: bool, device: torch.device) -> str:
+def named_ranks(here: bool, device: torch.device) -> str:
     """In words the ranks of the world on which it is so; a collective call."""
     flags = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device)
     flags[dist.get_rank()] = here

@@ -112,7 +112,10 @@ class _Gathered(dict):
         return self._shown.values()
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
     def __getitem__(self, name: str) -> Any:
         return self._whole[name] if name in self._whole else self._read(super().__getitem__(name))

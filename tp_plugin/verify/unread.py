@@ -22,7 +22,8 @@ class Unread(torch.Tensor):
         read: its values, of ``shape`` and ``dtype``.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    _read: Callable[[], torch.Tensor]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -31,17 +32,17 @@ class Unread(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=param.device, requires_grad=param.requires_grad
         )
-        made._read = read
+        made._read = read  # type: ignore[attr-defined]
         made._is_param = isinstance(param, torch.nn.Parameter)  # what isinstance asks for
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _PASSED_ON:
             (param,) = args
             return Unread(torch.empty(0, device=param.device), param._read, param.shape, param.dtype)
         args, kwargs = tree_map_only(Unread, lambda param: param._read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Unread(shape={list(self.shape)}, dtype={self.dtype})"

@@ -154,8 +154,8 @@ TERMS = {
     "norm of norms": lambda model: sum(p.norm() for name, p in model.named_parameters() if "layernorm" in name),
 }
 WRONG = ["orthogonal", "norm of each", "weight decay"]
-ADDED = [(term, stage, half) for term in TERMS for stage, half in ((1, False), (1, True), (3, False))]
-ADDED = [case for case in ADDED if case[0] in WRONG or case[1] == 1]  # a ZeRO-3 parameter must be gathered to be read
+ADDED = [(term, 1, False) for term in TERMS]
+ADDED += [("norm of each", 1, True), ("norm of norms", 1, True), ("orthogonal", 3, False), ("norm of each", 3, False)]
 
 
 def adding():

@@ -77,4 +77,6 @@ def test_every_step_is_compared_in_single_precision(kind, stage):
 
 def test_a_wrong_reference_is_caught():
     errors = errors_on_ranks(2, trained, "dpo", 1, wrong=True, env=DEEPSPEED)
-    assert all("computed again without tensor parallelism differs: the trainer's loss" in error for error in errors), errors
+    assert all("computed again without tensor parallelism differs: the trainer's loss" in error for error in errors), (
+        errors
+    )
