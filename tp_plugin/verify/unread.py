@@ -32,7 +32,7 @@ class Unread(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=param.device, requires_grad=param.requires_grad
         )
-        made._read = read  # type: ignore[attr-defined]
+        made._read = read
         made._is_param = isinstance(param, torch.nn.Parameter)  # what isinstance asks for
         return made
 
