@@ -52,10 +52,9 @@ class StepGuard:
         self.model, self.mesh, self.config = model, record.mesh, record.config
         self.due = {True: self.config.guard, False: self.config.guard}
         self.gradients: GradientWatch | None = GradientWatch(model) if self.config.guard else None
-        self.forwards, self.replicas_due = 0, False
+        self.forwards, self.replicas_due, self._said, self._wholes = 0, False, False, 0
         self.inputs: InputGuard = model.__dict__[INPUTS]
         self.inputs.then.append(self._before_forward)
-        self._said, self._wholes = False, 0
         trunk_of(model).register_forward_pre_hook(self._before_trunk)
         model.__dict__[ATTRIBUTE] = self
 
@@ -82,10 +81,11 @@ class StepGuard:
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def _before_trunk(self, trunk: nn.Module, _args: tuple) -> None:
         """Loops may run the model without its head, and never the whole model: no loss can be computed again then."""
-        if not trunk.training or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        again = torch._C._current_graph_task_id() != -1  # a recomputation
+        if not trunk.training or not torch.is_grad_enabled() or again or self.inputs.paused:
             return
         if self._wholes or trunk is self.model:
-            self._wholes = 0
+            self._wholes = 0  # it was called by the whole model
             return
         self._before_training()
         if self.due[True] and not self._said:
@@ -93,10 +93,11 @@ class StepGuard:
             self._say_unchecked("the loss is made of a part of the model, whose own forward is not called", None)
 
     def _before_training(self) -> None:
-        if self.replicas_due or is_turn(self.forwards, self.config.check_replicas_every):
-            with between_steps(self.model):
-                require_equal_replicas(self.model, self.mesh)
-            self.replicas_due = False
+        every = self.config.check_replicas_every
+        if self.replicas_due or is_turn(self.forwards, every):
+            early = not self.replicas_due and self.forwards % every != 0
+            require_equal_replicas(self.model, self.mesh, partitioned=not early)
+        self.replicas_due = False
         self.forwards += 1
         if self.gradients is not None and self.gradients.complete():
             self.gradients.stop()

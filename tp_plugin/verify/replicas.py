@@ -18,6 +18,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import Interval, ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device, fingerprint
+from tp_plugin.weights.stream import between_steps
 
 PURPOSE = "replica check"
 _NOT_HELD = 0  # the fingerprint of nothing
@@ -51,9 +52,14 @@ class _Replica:
             return None
         return self.tensor.detach().narrow(self.layout.dim or 0, local, self.piece[1] - self.piece[0])
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether it is a shared piece of a ZeRO-3 parameter, which must be gathered to be read."""
+        return self.layout is not None and hasattr(self.tensor, "ds_id")
+
     def gathered(self) -> contextlib.AbstractContextManager:
         """Makes a shared piece of a ZeRO-3 parameter readable; collective over the data-parallel group."""
-        if self.layout is None or not hasattr(self.tensor, "ds_id"):
+        if not self.partitioned:
             return contextlib.nullcontext()
         import deepspeed
 
@@ -67,21 +73,30 @@ def is_turn(forwards: int, every: int) -> bool:
 
 
 @torch.no_grad()
-def require_equal_replicas(model: nn.Module, mesh: ParallelMesh) -> None:
+def require_equal_replicas(model: nn.Module, mesh: ParallelMesh, *, partitioned: bool = True) -> None:
     """Compare what several ranks of the TP group hold: replicated parameters and buffers, shared KV heads.
 
     Costs a hash of what is replicated, one all-gather of a number for each over the TP group, and one small
     all-reduce; what differs is then measured. A collective call over the world; under ZeRO-3 shared heads are gathered
-    over data parallelism.
+    over data parallelism, for which what ZeRO-3 has fetched ahead is released.
+
+    Args:
+        partitioned: False leaves out shared heads that would have to be gathered.
 
     Raises:
         TensorParallelError: on every rank, naming the tensor that differs most, if that is more than :data:`DRIFT`.
     """
     if mesh.tp_group is None:
         return
-    replicas = _replicas(model)
+    replicas = [replica for replica in _replicas(model) if partitioned or not replica.partitioned]
     if not replicas:
         return
+    gathers = any(replica.partitioned for replica in replicas)
+    with between_steps(model) if gathers else contextlib.nullcontext():
+        _require_equal(model, mesh, replicas)
+
+
+def _require_equal(model: nn.Module, mesh: ParallelMesh, replicas: list[_Replica]) -> None:
     device = comm_device(mesh.tp_group)
     prints = []
     for replica in replicas:
