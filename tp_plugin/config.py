@@ -32,7 +32,7 @@ class TensorParallelConfig:
         guard: compute the first training step again without tensor parallelism, on a slice of the batch, and refuse to
             go on where loss or logits differ, or where a parameter that should has no gradient.
         check_replicas_every: every how many training forwards parameters that a TP group holds as replicas are compared
-            by a hash, the first included. 0 never compares.
+            by a hash, the first included; before that also after 1, 2, 4, 8... of them. 0 never compares.
         broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
             data collators that draw random numbers.
         loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it. 0 is

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import weakref
 
 import pytest
 import torch
@@ -181,6 +182,57 @@ def test_rounding_between_replicas_is_a_warning_once():
     assert not second
 
 
+def loss_of_a_shard(engine, inputs, called):
+    """As a loop has it that makes its loss itself, of the weight that the head has on this rank."""
+    if called == "trunk":
+        hidden = engine.module.model(input_ids=inputs["input_ids"]).last_hidden_state
+    else:
+        hidden = engine(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states[-1]
+    logits = hidden @ engine.module.lm_head.weight.T
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten().clamp(-100, 60))
+
+
+def a_loop_of_ones_own(called, guard):
+    """The step at which it was stopped, and how."""
+    engine = engine_of("Llama", 1, {"tp_plugin": {"guard": guard, "quiet": True}})
+    engine.optimizer.param_groups[0]["lr"] = 0.1 if not guard else 1e-6
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        for step in range(4):
+            try:
+                engine.backward(loss_of_a_shard(engine, batch(step, 3), called))
+            except tp_plugin.TensorParallelError as refused:
+                return step, str(refused), said.getvalue()
+            engine.step()
+    return None, "", said.getvalue()
+
+
+@pytest.mark.parametrize("called", ["engine", "trunk"])
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_loop_whose_loss_reads_a_shard_is_stopped_by_gradients_or_after_its_first_step(called, guard):
+    """Two batches make a step: gradients are compared after the first of them, replicas after the second."""
+    found = on_ranks(2, a_loop_of_ones_own, called, guard)
+    for step, refused, _ in found:
+        assert step == (1 if guard else 2)
+        assert refused.startswith("the gradient of '" if guard else "'")
+        assert "is not the same on the ranks of a tensor-parallel group" in refused
+        assert "it is another on rank 1 than on the first of the group" in refused
+        assert "usually a loss reads a sharded weight by itself" in refused
+    assert ("the loss is made of a part of the model" in found[0][2]) == (guard and called == "trunk")
+
+
+def a_sound_loop_around_the_trunk():
+    engine = engine_of("Llama", 3)
+    for step in range(3):
+        hidden = engine.module.model(input_ids=batch(step, 3)["input_ids"]).last_hidden_state
+        engine.backward(hidden.pow(2).mean())
+        engine.step()
+    return guard_of(engine).forwards
+
+
+def test_a_sound_loop_around_the_trunk_is_not_stopped():
+    assert on_ranks(2, a_sound_loop_around_the_trunk) == [3, 3]
+
+
 def a_shared_head(stage):
     engine = engine_of("Llama", stage, heads=(4, 1))
     weight = engine.module.model.layers[1].self_attn.k_proj.weight
@@ -224,7 +276,7 @@ def a_loss_of_its_own(stage):
 def test_a_loss_that_reads_a_shard_for_the_head_is_caught(stage):
     errors = errors_on_ranks(2, a_loss_of_its_own, stage)
     assert len(set(errors)) == 1
-    assert "computed again without tensor parallelism differs: loss" in errors[0]
+    assert "computed again without tensor parallelism differs: the trainer's loss" in errors[0]
     assert " here, " in errors[0]
 
 
@@ -326,6 +378,46 @@ def test_a_parameter_is_gathered_once_a_forward():
     assert len(reads) == 2, "weight and bias, once each"
     twin.used.weight  # noqa: B018
     assert len(reads) == 3, "outside of a forward a parameter is read anew"
+
+
+def iterated(family, stage, dtype):
+    """Names, shapes and dtypes that a twin's parameters say they have, and how far their values are from the truth."""
+    engine, truth = engine_of(family, stage), dict(make(family).named_parameters())
+    twin = plain_twin(engine.module, guard_of(engine).mesh, dtype)
+    told = {name: (list(param.shape), param.dtype) for name, param in twin.named_parameters()}
+    assert told == {name: (list(param.shape), dtype or param.dtype) for name, param in truth.items()}
+    assert all(param.requires_grad and isinstance(param, torch.nn.Parameter) for param in twin.parameters())
+    with torch.no_grad():
+        return max(float((param - truth[name]).abs().max()) for name, param in twin.named_parameters())
+
+
+@pytest.mark.parametrize(("family", "stage", "dtype"), [("Gemma2", 1, None), ("Llama", 3, torch.float64)])
+def test_iterating_over_the_twin_gives_whole_parameters(family, stage, dtype):
+    assert on_ranks(2, iterated, family, stage, dtype) == [0, 0]
+
+
+def test_iterated_parameters_are_read_when_used_and_not_kept():
+    model, read = Two(), []
+    for param in model.parameters():
+        param.tp_layout = ShardLayout.even((8, *param.shape[1:]), 0, 2)
+    twin = plain_twin(model, ParallelMesh.single())
+    for module in (twin.used, twin.unused):
+        gathered = vars(module)["_parameters"]
+
+        def whole(param):
+            made = param.detach().repeat(2, *[1] * (param.dim() - 1))
+            assert all(earlier() is None for earlier in read), "one at a time"
+            read.append(weakref.ref(made))
+            return made
+
+        gathered._read = whole
+    first = next(twin.parameters())
+    assert (first.shape, first.dtype, first.device.type) == ((8, 4), torch.float32, "cpu")
+    assert read == []
+    with torch.no_grad():
+        norm = sum(float(param.norm()) for param in twin.parameters())
+    assert len(read) == 4
+    assert norm == pytest.approx(sum(2**0.5 * param.norm().item() for param in model.parameters()))
 
 
 def test_rounding_is_no_difference_and_what_is_not_rounding_is_one():

@@ -109,3 +109,12 @@ def _window(
         stop = max(LENGTH, min(length, max(firsts) + MARGIN))
         start = 0 if packed else max(0, min(stop - LENGTH, min(firsts) - 1))
     return start, stop
+
+
+def is_plain(tree: Any) -> bool:
+    """Whether the inputs are tensors and plain values only: a cache that a forward fills would be spoilt."""
+    if isinstance(tree, Mapping):
+        return all(is_plain(value) for value in tree.values())
+    if isinstance(tree, tuple | list):
+        return all(is_plain(value) for value in tree)
+    return tree is None or isinstance(tree, torch.Tensor | int | float | str)

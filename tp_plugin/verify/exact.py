@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_plugin.verify.unread import Unread
+
 ASIDE: list[Callable[[nn.Module], contextlib.AbstractContextManager]] = []
 """What integrations put aside of a model in an exact run, such as kernels that take half precision only."""
 
@@ -49,11 +51,12 @@ def exactly(models: Iterable[nn.Module]) -> Iterator[None]:
 def widened(models: Iterable[nn.Module], dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Modules read their floating-point parameters in ``dtype``; beyond one module's at a time it costs no memory."""
     undo: list[Callable[[], Any]] = []
+    shown: dict[int, Any] = {}  # a tied parameter is one
     try:
         for module in {id(m): m for model in models for m in model.modules()}.values():
             own = vars(module)["_parameters"]
             if own:
-                cast = _Cast(own, dtype)
+                cast = _Cast(own, dtype, shown)
                 module.__dict__["_parameters"] = cast
                 undo.append(functools.partial(module.__dict__.__setitem__, "_parameters", own))
                 # after ZeRO-3 has fetched them, before it releases them
@@ -66,13 +69,14 @@ def widened(models: Iterable[nn.Module], dtype: torch.dtype = torch.float32) -> 
 
 
 class _Cast(Mapping[str, Any]):
-    """A module's parameters, cast when they are read; iterating gives what they are.
+    """A module's parameters, cast when they are read; iterating gives such as are cast when used, and under ZeRO-3,
+    whose hooks look for their own, what they are.
 
     No ``dict``, which ZeRO-3's hooks would replace by one of theirs; what they note on it they find again.
     """
 
-    def __init__(self, own: dict[str, Any], dtype: torch.dtype) -> None:
-        self._own, self._dtype = own, dtype
+    def __init__(self, own: dict[str, Any], dtype: torch.dtype, shown: dict[int, Any]) -> None:
+        self._own, self._dtype, self._shown = own, dtype, shown
         self._kept: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -88,21 +92,29 @@ class _Cast(Mapping[str, Any]):
         return len(self._own)
 
     def items(self) -> Any:
-        return self._own.items()
+        return [(name, self._show(name, param)) for name, param in self._own.items()]
 
     def values(self) -> Any:
-        return self._own.values()
+        return [param for _, param in self.items()]
+
+    def _show(self, name: str, param: Any) -> Any:
+        if not self._casts(param) or hasattr(param, "ds_id"):
+            return param
+        if id(param) not in self._shown:
+            made = Unread(param, functools.partial(self.__getitem__, name), param.shape, self._dtype)
+            self._shown[id(param)] = _noted(made, param)
+        return self._shown[id(param)]
+
+    def _casts(self, param: Any) -> bool:
+        return param is not None and param.is_floating_point() and param.dtype != self._dtype
 
     def __getitem__(self, name: str) -> Any:
         if self._kept is not None and name in self._kept:
             return self._kept[name]
         param = self._own[name]  # which ZeRO-3 may have to fetch
-        if param is None or not param.is_floating_point() or param.dtype == self._dtype:
+        if not self._casts(param):
             return param
-        made = param.detach().to(self._dtype)
-        for note, value in vars(param).items():  # what the loss and the head ask a weight for
-            if note.startswith("tp_"):
-                setattr(made, note, value)
+        made = _noted(param.detach().to(self._dtype), param)
         if self._kept is not None:
             self._kept[name] = made
         return made
@@ -113,6 +125,14 @@ class _Cast(Mapping[str, Any]):
 
     def forget(self, *_: object) -> None:
         self._kept = None
+
+
+def _noted(made: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """With what the loss and the head ask a weight for."""
+    for note, value in vars(param).items():
+        if note.startswith("tp_"):
+            setattr(made, note, value)
+    return made
 
 
 def nothing_kept() -> contextlib.AbstractContextManager:

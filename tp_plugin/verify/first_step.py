@@ -23,11 +23,12 @@ from tp_plugin.sharding import Sharding
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
 from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
-from tp_plugin.verify.cut import copied, cut
-from tp_plugin.verify.differences import Seen, difference, named_tensors, sample
+from tp_plugin.verify.cut import copied, cut, is_plain
+from tp_plugin.verify.differences import TRAINERS_LOSS, Seen, difference, first_apart, named_tensors, note_norms, sample
 from tp_plugin.verify.exact import exactly, nothing_kept, rounds, widened
 from tp_plugin.verify.gradients import GradientWatch
-from tp_plugin.verify.replicas import require_equal_replicas
+from tp_plugin.verify.replicas import is_turn, require_equal_replicas
+from tp_plugin.verify.trunk import trunk_of
 from tp_plugin.verify.twin import plain_twin
 from tp_plugin.weights.stream import between_steps
 
@@ -51,9 +52,10 @@ class StepGuard:
         self.model, self.mesh, self.config = model, record.mesh, record.config
         self.due = {True: self.config.guard, False: self.config.guard}
         self.gradients: GradientWatch | None = GradientWatch(model) if self.config.guard else None
-        self.forwards, self.replicas_due = 0, False
+        self.forwards, self.replicas_due, self._said, self._wholes = 0, False, False, 0
         self.inputs: InputGuard = model.__dict__[INPUTS]
         self.inputs.then.append(self._before_forward)
+        trunk_of(model).register_forward_pre_hook(self._before_trunk)
         model.__dict__[ATTRIBUTE] = self
 
     def request(self) -> None:
@@ -65,26 +67,45 @@ class StepGuard:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         training = model.training and torch.is_grad_enabled()
         if training:
-            every = self.config.check_replicas_every
-            if self.replicas_due or (every and self.forwards % every == 0):
-                with between_steps(model):
-                    require_equal_replicas(model, self.mesh)
-                self.replicas_due = False
-            self.forwards += 1
-            if self.gradients is not None and self.gradients.complete():
-                self.gradients.stop()
-                agree(self.gradients.missing())
-                self.gradients = None
-            elif self.gradients is not None:
-                self.gradients.start()
+            self._wholes += 1
+            self._before_training()
         if self.due[training] and model.training == training:
             if not training and not self.due[True]:
                 self.due[False] = False  # its training has been examined
-            elif _is_plain((args, kwargs)):
+            elif is_plain((args, kwargs)):
                 self.examine(lambda m, batch: m(*batch["args"], **batch["kwargs"]), {"args": args, "kwargs": kwargs})
             elif training:
                 self.due[True] = False
                 self._say_unchecked("inputs that are no tensors, such as a cache, would be spoilt", None)
+
+    @torch.compiler.disable(reason=NO_FULLGRAPH)
+    def _before_trunk(self, trunk: nn.Module, _args: tuple) -> None:
+        """Loops may run the model without its head, and never the whole model: no loss can be computed again then."""
+        again = torch._C._current_graph_task_id() != -1  # a recomputation
+        if not trunk.training or not torch.is_grad_enabled() or again or self.inputs.paused:
+            return
+        if self._wholes or trunk is self.model:
+            self._wholes = 0  # it was called by the whole model
+            return
+        self._before_training()
+        if self.due[True] and not self._said:
+            self._said = True
+            self._say_unchecked("the loss is made of a part of the model, whose own forward is not called", None)
+
+    def _before_training(self) -> None:
+        every = self.config.check_replicas_every
+        if self.replicas_due or is_turn(self.forwards, every):
+            early = not self.replicas_due and self.forwards % every != 0
+            require_equal_replicas(self.model, self.mesh, partitioned=not early)
+        self.replicas_due = False
+        self.forwards += 1
+        if self.gradients is not None and self.gradients.complete():
+            self.gradients.stop()
+            agree(self.gradients.missing())
+            self.gradients.compare(self.mesh)
+            self.gradients = None
+        elif self.gradients is not None:
+            self.gradients.start()
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def examine(
@@ -220,9 +241,12 @@ class StepGuard:
             if watch is not None:
                 stack.callback(watch(taking_part[0]))
             value = run(taking_part[0], copied(batch), *taking_part[1:])
-        loss = value if isinstance(value, torch.Tensor) else getattr(value, "loss", None)
+        # beside what the model gave, which may have a loss too: to that a trainer may add terms of its own
+        name, loss = (
+            (TRAINERS_LOSS, value) if isinstance(value, torch.Tensor) else ("loss", getattr(value, "loss", None))
+        )
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            return {"loss": loss.detach().float().reshape(())} | outputs
+            return {name: loss.detach().float().reshape(())} | outputs
         return outputs
 
     def _where(self, run: Run, batch: Mapping[str, Any], models: list[nn.Module], *, exact: bool) -> str:
@@ -230,27 +254,12 @@ class StepGuard:
         norms: list[dict[str, float]] = []
 
         def watch(model: nn.Module) -> Callable[[], object]:
-            seen: dict[str, float] = {}
-            norms.append(seen)
-            handles = []
-            for name, module in model.named_modules():
-                if name.rpartition(".")[2].isdigit() or name.count(".") <= 1:
-
-                    def note(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-                        first = output[0] if isinstance(output, tuple | list) and output else output
-                        if type(first) in (torch.Tensor, nn.Parameter) and first.is_floating_point():
-                            seen.setdefault(name, float(first.detach().float().norm()))
-
-                    handles.append(module.register_forward_hook(note))
-            return lambda: [handle.remove() for handle in handles]
+            norms.append({})
+            return note_norms(model, norms[-1])
 
         for sharded in (True, False):
             self._seen(run, batch, models, sharded=sharded, exact=exact, watch=watch)
-        mine, theirs = norms
-        for name, norm in theirs.items():  # in the order in which modules finished
-            if name in mine and abs(mine[name] - norm) > 0.02 * max(norm, 1e-6):
-                return name
-        return ""
+        return first_apart(*norms)
 
     @contextlib.contextmanager
     def _apart(self, models: list[nn.Module]) -> Iterator[None]:
@@ -288,12 +297,3 @@ def guard_of(model: Any) -> StepGuard | None:
     if not isinstance(model, nn.Module):
         return None
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
-
-
-def _is_plain(tree: Any) -> bool:
-    """Whether the inputs are tensors and plain values only: a cache that a forward fills would be spoilt."""
-    if isinstance(tree, Mapping):
-        return all(_is_plain(value) for value in tree.values())
-    if isinstance(tree, tuple | list):
-        return all(_is_plain(value) for value in tree)
-    return tree is None or isinstance(tree, torch.Tensor | int | float | str)

@@ -1,14 +1,26 @@
-"""Whether the first backward reached every parameter that it should."""
+"""Whether the first backward reached every parameter that it should, and replicas with the same gradients."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from tp_plugin.errors import NO_FULLGRAPH
+from tp_plugin.collectives import all_gather, all_reduce_
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
+from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding.equal import comm_device
+from tp_plugin.verify.replicas import CAUSES, named_ranks
+
+PURPOSE = "gradient check"
+APART = 0.05
+"""The largest distance between gradients of replicas, relative to their norm: rounding in half precision makes less,
+and a loss that each rank computes of its own shard about 1."""
+SMALL = 1e-3  # of the largest gradient's norm: what is smaller may be nothing but rounding
+COLUMNS = 256  # a gradient is folded to
 
 
 class GradientWatch:
@@ -26,6 +38,7 @@ class GradientWatch:
         self._handles: list[Any] = []
         self._ran: set[str] = set()
         self._reached: set[str] = set()
+        self._folded: dict[str, torch.Tensor] = {}  # the gradients of replicas
         self._trained: set[str] = set()  # then: an adapter may be switched before the next step
 
     def start(self) -> None:
@@ -35,6 +48,9 @@ class GradientWatch:
         for name, param in self.model.named_parameters():
             if param.requires_grad:
                 self._trained.add(name)
+                layout = getattr(param, "tp_layout", None)
+                if layout is None or not layout.is_sharded:
+                    self._folded[name] = torch.zeros(COLUMNS, device=param.device)
                 self._handles.append(param.register_hook(self._reaches(name)))
         for name, module in self.model.named_modules():
             if any(True for _ in module.parameters(recurse=False)) or hasattr(module, "base_layer"):
@@ -73,9 +89,41 @@ class GradientWatch:
             "(freeze it if that is meant, or set guard: false in the tp_plugin block)."
         )
 
+    @torch.no_grad()
+    def compare(self, mesh: ParallelMesh) -> None:
+        """Replicas must have got the same gradient on the ranks of a TP group; a collective call over the world.
+
+        Each is folded to :data:`COLUMNS` sums, which one small all-gather brings together. So a loss that is another on
+        every rank is found at once, before replicas are apart by more than a learning rate.
+
+        Raises:
+            TensorParallelError: on every rank, naming the parameter whose gradients differ most.
+        """
+        if mesh.tp_group is None or not self._folded:
+            return
+        device = comm_device(mesh.tp_group)
+        mine = torch.stack([folded.to(device) for folded in self._folded.values()])
+        everyone = torch.stack(all_gather(mine, mesh.tp_group, purpose=PURPOSE))
+        norms = everyone.norm(dim=2).amax(0)
+        far = (everyone - everyone[0]).norm(dim=2) / norms.clamp_min(SMALL * float(norms.max()) + 1e-30)
+        far = far.nan_to_num(0, 0, 0)  # an overflow, which the loss scale deals with
+        farthest = far.amax(0)
+        all_reduce_(farthest, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
+        worst = int(farthest.argmax())
+        if float(farthest[worst]) <= APART:
+            return
+        name, ranks = list(self._folded)[worst], named_ranks(float(far[mesh.tp_rank, worst]) > APART, device)
+        raise TensorParallelError(
+            f"the gradient of {name!r} is not the same on the ranks of a tensor-parallel group, which must hold equal "
+            f"replicas (it is another on {ranks} than on the first of the group, by {float(farthest[worst]):.2g} of "
+            f"its norm, and {int((farthest > APART).sum()) - 1} more differ); {CAUSES}, and start again."
+        )
+
     def _reaches(self, name: str) -> Any:
-        def hook(_grad: torch.Tensor) -> None:
+        def hook(grad: torch.Tensor) -> None:
             self._reached.add(name)
+            if name in self._folded and type(grad) is torch.Tensor and grad.layout == torch.strided:
+                self._folded[name] = self._folded[name] + _folded(grad)
 
         return hook
 
@@ -92,6 +140,15 @@ class GradientWatch:
                 self._ran.add(name)
 
         return hook
+
+
+def _folded(grad: torch.Tensor) -> torch.Tensor:
+    flat = grad.detach().reshape(-1)
+    rows = flat.numel() // COLUMNS
+    total = flat[: rows * COLUMNS].view(rows, COLUMNS).sum(0, dtype=torch.float32)
+    rest = flat[rows * COLUMNS :]
+    total[: rest.numel()] += rest
+    return total
 
 
 def _is_adapter(module: nn.Module) -> bool:

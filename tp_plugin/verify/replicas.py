@@ -18,6 +18,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import Interval, ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device, fingerprint
+from tp_plugin.weights.stream import between_steps
 
 PURPOSE = "replica check"
 _NOT_HELD = 0  # the fingerprint of nothing
@@ -26,6 +27,10 @@ _NOT_HELD = 0  # the fingerprint of nothing
 DRIFT = 1e-2
 """The largest distance between replicas, relative to their norm, that is a warning and no error: on GPUs some kernels
 add in no fixed order, and the gradients of two replicas then differ by rounding."""
+CAUSES = (
+    "usually a loss reads a sharded weight by itself (let it use the model's outputs) or code writes a parameter on "
+    "one rank only (let all ranks do so)"
+)
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -47,31 +52,51 @@ class _Replica:
             return None
         return self.tensor.detach().narrow(self.layout.dim or 0, local, self.piece[1] - self.piece[0])
 
+    @property
+    def partitioned(self) -> bool:
+        """Whether it is a shared piece of a ZeRO-3 parameter, which must be gathered to be read."""
+        return self.layout is not None and hasattr(self.tensor, "ds_id")
+
     def gathered(self) -> contextlib.AbstractContextManager:
         """Makes a shared piece of a ZeRO-3 parameter readable; collective over the data-parallel group."""
-        if self.layout is None or not hasattr(self.tensor, "ds_id"):
+        if not self.partitioned:
             return contextlib.nullcontext()
         import deepspeed
 
         return deepspeed.zero.GatheredParameters([self.tensor])
 
 
+def is_turn(forwards: int, every: int) -> bool:
+    """Whether replicas are compared before a training forward that so many others went before: the first, the 1st, 2nd,
+    4th, 8th... after it, since the first steps show what drifts, and every ``every``."""
+    return every > 0 and (forwards % every == 0 or (forwards < every and forwards.bit_count() == 1))
+
+
 @torch.no_grad()
-def require_equal_replicas(model: nn.Module, mesh: ParallelMesh) -> None:
+def require_equal_replicas(model: nn.Module, mesh: ParallelMesh, *, partitioned: bool = True) -> None:
     """Compare what several ranks of the TP group hold: replicated parameters and buffers, shared KV heads.
 
     Costs a hash of what is replicated, one all-gather of a number for each over the TP group, and one small
     all-reduce; what differs is then measured. A collective call over the world; under ZeRO-3 shared heads are gathered
-    over data parallelism.
+    over data parallelism, for which what ZeRO-3 has fetched ahead is released.
+
+    Args:
+        partitioned: False leaves out shared heads that would have to be gathered.
 
     Raises:
         TensorParallelError: on every rank, naming the tensor that differs most, if that is more than :data:`DRIFT`.
     """
     if mesh.tp_group is None:
         return
-    replicas = _replicas(model)
+    replicas = [replica for replica in _replicas(model) if partitioned or not replica.partitioned]
     if not replicas:
         return
+    gathers = any(replica.partitioned for replica in replicas)
+    with between_steps(model) if gathers else contextlib.nullcontext():
+        _require_equal(model, mesh, replicas)
+
+
+def _require_equal(model: nn.Module, mesh: ParallelMesh, replicas: list[_Replica]) -> None:
     device = comm_device(mesh.tp_group)
     prints = []
     for replica in replicas:
@@ -83,29 +108,41 @@ def require_equal_replicas(model: nn.Module, mesh: ParallelMesh) -> None:
     # a rank that does not hold a shared head has nothing to compare
     held = everyone != _NOT_HELD
     reference = everyone.gather(0, held.int().argmax(0, keepdim=True))
-    differs = (held & (everyone != reference)).any(0).to(torch.int32)
+    apart_here = held & (everyone != reference)
+    differs = apart_here.any(0).to(torch.int32)
     all_reduce_(differs, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
-    apart = [replica for replica, one in zip(replicas, differs.tolist(), strict=True) if one]
+    apart = differs.nonzero().flatten().tolist()
     if not apart:
         return
-    distances = torch.stack([_distance(replica, mesh) for replica in apart])
+    distances = torch.stack([_distance(replicas[place], mesh) for place in apart])
     all_reduce_(distances, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
     worst = int(distances.argmax())
-    if not float(distances[worst]) <= DRIFT:
+    name, far = replicas[apart[worst]].name, float(distances[worst])
+    ranks = named_ranks(bool(apart_here[mesh.tp_rank, apart[worst]]), device)
+    if not far <= DRIFT:
         raise TensorParallelError(
-            f"{apart[worst].name!r} is not the same on the ranks of a tensor-parallel group, which must hold equal "
-            f"replicas (they differ by {float(distances[worst]):.2g} of their norm, and {len(apart) - 1} more do); "
-            "something changed it on one rank only, start again from the last checkpoint."
+            f"{name!r} is not the same on the ranks of a tensor-parallel group, which must hold equal replicas "
+            f"(it is another on {ranks} than on the first of the group, by {far:.2g} of its norm, and {len(apart) - 1} "
+            f"more differ); {CAUSES}, and start again from the last checkpoint."
         )
     if dist.get_rank() == 0 and model not in _WARNED:
         _WARNED.add(model)
         print(
             f"tp_plugin: WARNING: {len(apart)} replicas differ between the ranks of a tensor-parallel group by up to "
-            f"{float(distances[worst]):.1g} of their norm ({apart[worst].name!r}), as kernels that add in no fixed "
-            "order make them.",
+            f"{far:.1g} of their norm ({name!r} on {ranks}): if not because kernels on a GPU add in no fixed order, "
+            f"then {CAUSES}.",
             file=sys.stderr,
             flush=True,
         )
+
+
+def named_ranks(here: bool, device: torch.device) -> str:
+    """In words the ranks of the world on which it is so; a collective call."""
+    flags = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device)
+    flags[dist.get_rank()] = here
+    all_reduce_(flags, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
+    found = flags.nonzero().flatten().tolist()
+    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
 
 
 def _distance(replica: _Replica, mesh: ParallelMesh) -> torch.Tensor:

@@ -20,6 +20,8 @@ from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.original import original_of
+from tp_plugin.verify.unread import Unread
+from tp_plugin.weights.stream import full_shape
 
 
 def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None = None) -> nn.Module:
@@ -38,6 +40,7 @@ def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None =
         twin.__dict__.update(attributes)
         twins[id(module)] = twin
     read = functools.partial(whole, mesh=mesh, dtype=dtype)
+    shown: dict[int, Any] = {}  # a tied parameter is one
     for module in model.modules():
         twin = twins[id(module)]
         twin.__dict__["_compiled_call_impl"] = None
@@ -45,7 +48,7 @@ def plain_twin(model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype | None =
             twin.__dict__[name] = OrderedDict() if "_hooks" in name else _moved(value, twins)
         own = vars(module)["_parameters"]
         # past ZeRO-3's dictionary, which fetches what is read from it
-        gathered = _Gathered({name: dict.__getitem__(own, name) for name in own}, read, dtype)
+        gathered = _Gathered({name: dict.__getitem__(own, name) for name in own}, read, dtype, shown)
         twin.__dict__["_parameters"] = gathered
         if own:
             twin.register_forward_pre_hook(gathered.fill)
@@ -85,24 +88,34 @@ _DEPTH = 4  # of functions that wrap functions
 
 
 class _Gathered(dict):
-    """A module's parameters, made whole when they are read; iterating gives the shards, or stand-ins of their dtype.
+    """A module's parameters, made whole when they are read; iterating gives such as are read when used.
 
     During the module's forward all of them are, once: how often a forward reads one may depend on its data (an expert
     that got tokens), and every reading is a collective.
     """
 
-    def __init__(self, params: dict[str, Any], read: Callable[[Any], Any], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, params: dict[str, Any], read: Callable[[Any], Any], dtype: torch.dtype | None, shown: dict[int, Any]
+    ) -> None:
         super().__init__(params)
         self._read = read
         self._whole: dict[str, Any] = {}
-        # models ask their first parameter for the dtype and the device to work in
-        self._shown = {name: _stand_in(param, dtype) for name, param in params.items()}
+        for name, param in params.items():
+            if id(param) not in shown:
+                shown[id(param)] = _shown(param, functools.partial(self.__getitem__, name), dtype)
+        self._shown = {name: shown[id(param)] for name, param in params.items()}
 
     def items(self) -> Any:
         return self._shown.items()
 
     def values(self) -> Any:
         return self._shown.values()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
     def __getitem__(self, name: str) -> Any:
         return self._whole[name] if name in self._whole else self._read(super().__getitem__(name))
@@ -114,10 +127,17 @@ class _Gathered(dict):
         self._whole = {}
 
 
-def _stand_in(param: Any, dtype: torch.dtype | None) -> Any:
-    if dtype is None or param is None or not param.is_floating_point() or param.dtype == dtype:
+def _shown(param: Any, read: Callable[[], Any], dtype: torch.dtype | None) -> Any:
+    """``param`` where that is whole already, else something of its full shape that is read when used.
+
+    Models ask their first parameter for the dtype and the device to work in, which must be no collective.
+    """
+    if param is None:
+        return None
+    wanted = dtype if dtype is not None and param.is_floating_point() else param.dtype
+    if full_shape(param) == tuple(param.shape) and wanted == param.dtype:
         return param
-    return torch.empty(0, dtype=dtype, device=param.device)
+    return Unread(param, read, full_shape(param), wanted)
 
 
 def _moved(value: Any, twins: dict[int, nn.Module], depth: int = 0) -> Any:

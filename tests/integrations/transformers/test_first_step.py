@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import tempfile
 
@@ -18,6 +19,7 @@ from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.trainings import config_of
 from tests.verify.test_first_step import compared
 from tp_plugin.layers import RowParallelLinear
+from tp_plugin.verify.differences import TRAINERS_LOSS
 from tp_plugin.verify.first_step import guard_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -128,6 +130,66 @@ def test_a_loss_of_ones_own_is_given_all_and_leaves_no_trace():
         assert all(loss > 0 for loss in found), "labels of the training batch were written over"
 
 
+class Adding(Trainer):
+    """A term of one's own beside the loss that the model gives."""
+
+    term = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss + 0.01 * TERMS[self.term](self.accelerator.unwrap_model(model))
+        return (loss, outputs) if return_outputs else loss
+
+
+def orthogonal(model):
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    return (weight @ weight.T - torch.eye(len(weight))).pow(2).sum()
+
+
+TERMS = {
+    "orthogonal": orthogonal,
+    "norm of each": lambda model: sum(param.norm() for name, param in model.named_parameters() if "proj" in name),
+    "weight decay": lambda model: sum(param.pow(2).sum() for param in model.parameters()),
+    "final norm": lambda model: model.model.norm.weight.pow(2).sum(),
+    "norm of norms": lambda model: sum(p.norm() for name, p in model.named_parameters() if "layernorm" in name),
+}
+WRONG = ["orthogonal", "norm of each", "weight decay"]
+ADDED = [(term, 1, False) for term in TERMS]
+ADDED += [("norm of each", 1, True), ("norm of norms", 1, True), ("orthogonal", 3, False), ("norm of each", 3, False)]
+
+
+def adding():
+    """By case: what the guard compared, and what it raised."""
+    found = {}
+    for term, stage, half in ADDED:
+        Adding.term, seen = term, {}
+        try:
+            seen, _, _ = trained(Adding, stage=stage, attention="eager" if half else None)
+            found[term, stage, half] = seen, ""
+        except tp_plugin.TensorParallelError as refused:
+            found[term, stage, half] = seen, str(refused)
+        except RuntimeError as other:
+            found[term, stage, half] = seen, f"RuntimeError: {other}"
+    return found
+
+
+@functools.cache
+def added():
+    return on_ranks(2, adding, env=DEEPSPEED)
+
+
+@pytest.mark.parametrize("case", ADDED, ids=lambda case: f"{case[0]}-ZeRO-{case[1]}{'-bf16' * case[2]}")
+def test_a_term_beside_the_models_loss_is_compared(case):
+    for found in added():
+        seen, refused = found[case]
+        assert bool(refused) == (case[0] in WRONG), found[case]
+        if refused:
+            assert "without tensor parallelism differs: the trainer's loss" in refused
+            assert "let it use the model's outputs" in refused
+        else:
+            assert max(seen[TRAINERS_LOSS], seen["loss"], seen["logits"]) < 1e-5
+
+
 class Gathering(Trainer):
     """On the first replica the loss of a piece of a batch fails before all replicas exchange a number."""
 
@@ -183,4 +245,4 @@ def test_attention_in_half_precision_only_is_put_aside(stage):
 
 def test_and_what_is_wrong_beside_it_is_caught():
     errors = errors_on_ranks(2, half, 1, True, env=DEEPSPEED)
-    assert all("computed again without tensor parallelism differs: loss" in error for error in errors)
+    assert all("computed again without tensor parallelism differs: the trainer's loss" in error for error in errors)

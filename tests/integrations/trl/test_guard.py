@@ -13,6 +13,7 @@ import tp_plugin
 from tests.support import chat, trl_runs
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.verify.test_first_step import compared
+from tp_plugin.verify.differences import TRAINERS_LOSS
 from tp_plugin.verify.first_step import guard_of
 
 STEPS = 6
@@ -69,11 +70,13 @@ def test_every_step_is_compared_in_single_precision(kind, stage):
         assert len(found) == STEPS
         for seen in found:
             exact = {key: value for key, value in seen.items() if "coarse" not in key}
-            assert "loss" in exact
+            assert TRAINERS_LOSS in exact
             assert max(exact.values()) < 1e-4, seen
-            assert "coarse loss" in seen
+            assert f"coarse {TRAINERS_LOSS}" in seen
 
 
 def test_a_wrong_reference_is_caught():
     errors = errors_on_ranks(2, trained, "dpo", 1, wrong=True, env=DEEPSPEED)
-    assert all("computed again without tensor parallelism differs: loss" in error for error in errors), errors
+    assert all("computed again without tensor parallelism differs: the trainer's loss" in error for error in errors), (
+        errors
+    )
