@@ -39,8 +39,7 @@ CASES = {
     "Qwen2 tied ZeRO-0": ("Qwen2", True, 0, {}),  # half precision without ZeRO is refused
     "Llama untied ZeRO-1": ("Llama", False, 1, {}),
     "Gemma2 tied ZeRO-2": ("Gemma2", None, 2, {}),
-    "Qwen3 tied ZeRO-3": ("Qwen3", True, 3, {}),
-    "Qwen2 ZeRO-3 persistent": ("Qwen2", False, 3, {"zero": {"stage3_param_persistence_threshold": 40}}),
+    "Qwen3 tied ZeRO-3, some kept whole": ("Qwen3", True, 3, {"zero": {"stage3_param_persistence_threshold": 40}}),
     "Qwen2 bf16 ZeRO-1": ("Qwen2", False, 1, BF16),
     "Qwen2 tied bf16 ZeRO-2": ("Qwen2", True, 2, BF16),
     "Llama bf16 ZeRO-3": ("Llama", False, 3, BF16),
