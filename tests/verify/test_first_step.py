@@ -192,14 +192,25 @@ def loss_of_a_shard(engine, inputs, called):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten().clamp(-100, 60))
 
 
-def a_loop_of_ones_own(called, guard):
+def term_of_a_shard(engine, inputs, called):
+    """One that gives replicas no gradient at all, beside the model's own loss."""
+    return engine(**inputs).loss + engine.module.model.layers[0].self_attn.q_proj.weight.norm()
+
+
+def unseen_loss_of_a_shard(engine, inputs, called):
+    """The same value on all ranks."""
+    loss = loss_of_a_shard(engine, inputs, called)
+    return loss - loss.detach() + 1
+
+
+def a_loop_of_ones_own(called, guard, loss_of=unseen_loss_of_a_shard):
     """The step at which it was stopped, and how."""
     engine = engine_of("Llama", 1, {"tp_plugin": {"guard": guard, "quiet": True}})
     engine.optimizer.param_groups[0]["lr"] = 0.1 if not guard else 1e-6
     with contextlib.redirect_stderr(io.StringIO()) as said:
         for step in range(4):
             try:
-                engine.backward(loss_of_a_shard(engine, batch(step, 3), called))
+                engine.backward(loss_of(engine, batch(step, 3), called))
             except tp_plugin.TensorParallelError as refused:
                 return step, str(refused), said.getvalue()
             engine.step()
@@ -218,6 +229,14 @@ def test_a_loop_whose_loss_reads_a_shard_is_stopped_by_gradients_or_after_its_fi
         assert "it is another on rank 1 than on the first of the group" in refused
         assert "usually a loss reads a sharded weight by itself" in refused
     assert ("the loss is made of a part of the model" in found[0][2]) == (guard and called == "trunk")
+
+
+@pytest.mark.parametrize("loss_of", [loss_of_a_shard, term_of_a_shard])
+def test_a_loop_whose_loss_is_another_on_every_rank_is_stopped_at_its_first_backward(loss_of):
+    for step, refused, _ in on_ranks(2, a_loop_of_ones_own, "engine", True, loss_of):
+        assert step == 0
+        assert "the loss is not the same on the ranks of a tensor-parallel group" in refused
+        assert "usually a loss reads a sharded weight by itself" in refused
 
 
 def a_sound_loop_around_the_trunk():

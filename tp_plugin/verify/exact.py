@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_plugin.verify.unread import Unread
+from tp_plugin.verify.on_use import OnUse
 
 ASIDE: list[Callable[[nn.Module], contextlib.AbstractContextManager]] = []
 """What integrations put aside of a model in an exact run, such as kernels that take half precision only."""
@@ -101,7 +101,7 @@ class _Cast(Mapping[str, Any]):
         if not self._casts(param) or hasattr(param, "ds_id"):
             return param
         if id(param) not in self._shown:
-            made = Unread(param, functools.partial(self.__getitem__, name), param.shape, self._dtype)
+            made = OnUse(param, functools.partial(self.__getitem__, name), param.shape, self._dtype)
             self._shown[id(param)] = _noted(made, param)
         return self._shown[id(param)]
 

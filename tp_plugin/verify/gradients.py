@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tp_plugin.collectives import all_gather, all_reduce_
-from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
+from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError, agree
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.verify.replicas import CAUSES, named_ranks
@@ -21,6 +21,7 @@ APART = 0.05
 and a loss that each rank computes of its own shard about 1."""
 SMALL = 1e-3  # of the largest gradient's norm: what is smaller may be nothing but rounding
 COLUMNS = 256  # a gradient is folded to
+EQUAL, EQUAL_IN_HALF = 1e-5, 1e-2  # relative: how far apart rounding may leave one loss on two ranks
 
 
 class GradientWatch:
@@ -117,6 +118,27 @@ class GradientWatch:
             f"the gradient of {name!r} is not the same on the ranks of a tensor-parallel group, which must hold equal "
             f"replicas (it is another on {ranks} than on the first of the group, by {float(farthest[worst]):.2g} of "
             f"its norm, and {int((farthest > APART).sum()) - 1} more differ); {CAUSES}, and start again."
+        )
+
+    def compare_loss(self, loss: Any, mesh: ParallelMesh) -> None:
+        """Raise unless ``loss`` is one number on all ranks of a TP group; a collective call over the world.
+
+        A loop's own term of sharded weights may give replicas equal gradients, and is still another on every rank.
+
+        Raises:
+            TensorParallelError: on every rank.
+        """
+        if mesh.tp_group is None or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            return
+        mine = loss.detach().float().reshape(1).to(comm_device(mesh.tp_group))
+        first, *others = (float(one) for one in all_gather(mine, mesh.tp_group, purpose=PURPOSE))
+        limit = EQUAL if loss.dtype in (torch.float32, torch.float64) else EQUAL_IN_HALF
+        other = next((one for one in others if abs(one - first) > limit * abs(first)), None)
+        agree(
+            None
+            if other is None
+            else f"the loss is not the same on the ranks of a tensor-parallel group ({first:.7g} on the first, "
+            f"{other:.7g} on another), which compute one model; {CAUSES}."
         )
 
     def _reaches(self, name: str) -> Any:

@@ -20,7 +20,7 @@ from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
 from tp_plugin.sharding.original import original_of
-from tp_plugin.verify.unread import Unread
+from tp_plugin.verify.on_use import OnUse
 from tp_plugin.weights.stream import full_shape
 
 
@@ -137,7 +137,7 @@ def _shown(param: Any, read: Callable[[], Any], dtype: torch.dtype | None) -> An
     wanted = dtype if dtype is not None and param.is_floating_point() else param.dtype
     if full_shape(param) == tuple(param.shape) and wanted == param.dtype:
         return param
-    return Unread(param, read, full_shape(param), wanted)
+    return OnUse(param, read, full_shape(param), wanted)
 
 
 def _moved(value: Any, twins: dict[int, nn.Module], depth: int = 0) -> Any:

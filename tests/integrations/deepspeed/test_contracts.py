@@ -29,6 +29,7 @@ WATCHED = [
     (DeepSpeedEngine, "_consolidated_16bit_state_dict"),
     (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict"),
     (DeepSpeedEngine, "save_16bit_model"),
+    (DeepSpeedEngine, "backward"),
     (DeepSpeedEngine, "save_checkpoint"),
     (DeepSpeedEngine, "load_checkpoint"),
     (DeepSpeedZeroOptimizer, "update_lp_params"),

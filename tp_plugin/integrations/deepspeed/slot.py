@@ -19,7 +19,7 @@ from torch import nn
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.deepspeed import checkpoint, cpu, export, norm
+from tp_plugin.integrations.deepspeed import backward, checkpoint, cpu, export, norm
 from tp_plugin.integrations.deepspeed.refuse import refuse_after_engine, refuse_before_engine, refuse_in_engine
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import Sharding, state_of
@@ -45,6 +45,7 @@ def install(default: TensorParallelConfig | None = None) -> None:
     _PATCHES.replace(DeepSpeedEngine, "_apply_autotp_partitioning", lambda _original: _slot)
     _PATCHES.replace(deepspeed, "initialize", _checked)
     cpu.install(_PATCHES)
+    backward.install(_PATCHES)
     norm.install(_PATCHES)
     export.install(_PATCHES)
     checkpoint.install(_PATCHES)
@@ -69,6 +70,7 @@ def check_contracts() -> None:
     contract(init_utils, "load_ds_config", ["config"], "a config given as a file is read as DeepSpeed reads it")
     contract(deepspeed, "initialize", ["args", "model", "optimizer"], "configurations are checked before it runs")
     cpu.check_contracts()
+    backward.check_contracts()
     norm.check_contracts()
     export.check_contracts()
     checkpoint.check_contracts()

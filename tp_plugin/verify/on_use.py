@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 _PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-class Unread(torch.Tensor):
+class OnUse(torch.Tensor):
     """What iterating over the parameters of a model gives where reading one is dear: shape, dtype and device at once,
     values anew at every operation.
 
@@ -28,7 +28,7 @@ class Unread(torch.Tensor):
     @staticmethod
     def __new__(
         cls, param: torch.Tensor, read: Callable[[], torch.Tensor], shape: Sequence[int], dtype: torch.dtype
-    ) -> Unread:
+    ) -> OnUse:
         made = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=param.device, requires_grad=param.requires_grad
         )
@@ -40,9 +40,9 @@ class Unread(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in _PASSED_ON:
             (param,) = args
-            return Unread(torch.empty(0, device=param.device), param._read, param.shape, param.dtype)
-        args, kwargs = tree_map_only(Unread, lambda param: param._read(), (args, kwargs or {}))
+            return OnUse(torch.empty(0, device=param.device), param._read, param.shape, param.dtype)
+        args, kwargs = tree_map_only(OnUse, lambda param: param._read(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Unread(shape={list(self.shape)}, dtype={self.dtype})"
+        return f"OnUse(shape={list(self.shape)}, dtype={self.dtype})"
