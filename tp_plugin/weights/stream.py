@@ -259,7 +259,7 @@ def _whole(shape: tuple[int, ...]) -> View:
 
 
 def note_engine(model: nn.Module, engine: Any) -> None:
-    """Remember, on a sharded model and on what wraps it (PEFT), the engine that trains it; see :func:`between_steps`."""
+    """Remember the engine that trains a sharded model, on it and on what wraps it (PEFT); see :func:`between_steps`."""
     for module in model.modules():
         if module is model or ATTRIBUTE in module.__dict__:
             module.__dict__[_ENGINE] = weakref.ref(engine)
