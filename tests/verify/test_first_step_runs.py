@@ -29,11 +29,11 @@ PREFETCHING = {
 }
 
 
-def checked_when_parameters_are_fetched_ahead(**options):
+def checked_when_parameters_are_fetched_ahead():
     """Asked for after steps in which ZeRO-3 learnt the order of the parameters; losses of it and of one not asked."""
     losses = []
     for asked in (True, False):
-        engine = engine_of("Llama", 3, PREFETCHING | {"tp_plugin": {"check_replicas_every": 2}}, **options)
+        engine = engine_of("Llama", 3, PREFETCHING)
         losses.append([])
         for step in range(5):
             seen = {}
@@ -49,12 +49,8 @@ def checked_when_parameters_are_fetched_ahead(**options):
     return losses
 
 
-SHARED_HEADS = {"heads": (6, 3), "adapter": "biases"}  # which are gathered to be compared
-
-
-@pytest.mark.parametrize("options", [{}, SHARED_HEADS], ids=["full", "shared heads and PEFT"])
-def test_it_waits_for_parameters_that_are_fetched_ahead(options):
-    for asked, alone in on_ranks(2, checked_when_parameters_are_fetched_ahead, **options):
+def test_it_waits_for_parameters_that_are_fetched_ahead():
+    for asked, alone in on_ranks(2, checked_when_parameters_are_fetched_ahead):
         assert asked == alone
 
 

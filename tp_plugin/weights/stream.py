@@ -22,7 +22,6 @@ from tp_plugin.collectives import all_reduce_, gather_to
 from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding.equal import comm_device
-from tp_plugin.sharding.state import ATTRIBUTE
 from tp_plugin.weights.parcel import Parcel, Span, pack, sharded_layout, unpack
 
 BUCKET = 128 << 20  # bytes of full tensors gathered at a time
@@ -259,10 +258,8 @@ def _whole(shape: tuple[int, ...]) -> View:
 
 
 def note_engine(model: nn.Module, engine: Any) -> None:
-    """Remember the engine that trains a sharded model, on it and on what wraps it (PEFT); see :func:`between_steps`."""
-    for module in model.modules():
-        if module is model or ATTRIBUTE in module.__dict__:
-            module.__dict__[_ENGINE] = weakref.ref(engine)
+    """Remember, on a sharded model, the engine that trains it; see :func:`between_steps`."""
+    model.__dict__[_ENGINE] = weakref.ref(engine)
 
 
 @contextlib.contextmanager
