@@ -21,8 +21,8 @@ import torch.distributed as dist
 import tp_plugin
 from benchmarks.step_time import arguments, engine, step, timed
 from benchmarks.wire import circumstances
-from tp_plugin.verify.first_step import guard_of
-from tp_plugin.verify.replicas import is_turn, require_equal_replicas
+from tp_plugin.step_guard.guard import guard_of
+from tp_plugin.step_guard.replicas import is_turn, require_equal_replicas
 
 STEPS, EVERY = 1000, 500
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from integration.scripts import tiny
-from integration.scripts.launching import SCRIPTS, accelerate_launch, deepspeed_config
+from tests.support import tiny
+from tests.support.launching import SCRIPTS, deepspeed_config, launch
 
 TP, DP = 2, 2
 
@@ -24,7 +24,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     if request.param == 3:  # accelerate's default there, and a model that is loaded while it holds
         tiny.model().save_pretrained(folder / "start")
         command += ["--start", str(folder / "start")]
-    accelerate_launch(folder, TP * DP, config, command, zero3_init=request.param == 3)
+    launch(folder, TP * DP, config, command, zero3_init=request.param == 3)
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(TP * DP)]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from integration.scripts import tiny
-from integration.scripts.launching import ENVIRONMENT, ROOT, accelerate_launch, deepspeed_config
-from tests.support import chat
+from tests.support import chat, tiny
+from tests.support.launching import alone, deepspeed_config, launch
+from tests.support.ranks import ROOT
 
 TOLD_BY_CLOCKS = ("runtime", "per_second")
 COMMON = ["--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
@@ -52,14 +50,7 @@ def run(folder: Path, name: str, script: str, arguments: list[str], rows: int) -
         batch = ["--per_device_train_batch_size", str(rows if how == "plain" else rows // 2),
                  "--per_device_eval_batch_size", str(rows if how == "plain" else rows // 2)]  # fmt: skip
         command = [f"{ROOT}/examples/{script}", *arguments, *COMMON, *batch, "--output_dir", str(out)]
-        if how == "plain":
-            done = subprocess.run(
-                [sys.executable, *command], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, done.stderr[-6000:]
-            printed = done.stdout
-        else:
-            printed = accelerate_launch(out, 4, deepspeed_config(1), command)
+        printed = alone(command) if how == "plain" else launch(out, 4, deepspeed_config(1), command)
         state = json.loads((out / "trainer_state.json").read_text())
         found[how] = {"log": state["log_history"], "printed": printed, "out": out}
     return found

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from integration.scripts import tiny
-from integration.scripts.launching import SCRIPTS, accelerate_launch, deepspeed_config
+from tests.support import tiny
+from tests.support.launching import SCRIPTS, deepspeed_config, launch
 
 TP, DP, STAGES = 2, 2, (1, 3)
 
@@ -19,7 +19,7 @@ TP, DP, STAGES = 2, 2, (1, 3)
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     script = [f"{SCRIPTS}/lora_trainer.py", "--out", str(folder), "--zero", *map(str, STAGES)]
-    (folder / "output.log").write_text(accelerate_launch(folder, TP * DP, deepspeed_config(1), script))
+    (folder / "output.log").write_text(launch(folder, TP * DP, deepspeed_config(1), script))
     return folder
 
 

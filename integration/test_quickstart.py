@@ -16,7 +16,7 @@ import torch
 import transformers
 import yaml
 
-from integration.scripts.launching import free_port
+from tests.support.launching import launch_module, output_of
 from tests.support.ranks import ROOT
 
 RECIPE = yaml.safe_load((ROOT / "recipes/quickstart/train.yaml").read_text())
@@ -30,17 +30,7 @@ def launch(command: list[str], *, timeout_s: float = 500) -> str:
     """Everything a command of this environment printed; fails when the command does."""
     bin_folder = Path(sys.executable).parent
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [str(bin_folder / command[0]), *command[1:]],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
+    return output_of([str(bin_folder / command[0]), *command[1:]], env, timeout_s=timeout_s)
 
 
 def quickstart_command() -> list[str]:
@@ -104,15 +94,14 @@ def test_it_ends_with_a_sample_of_the_prompt_by_that_model(quickstart):
     assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
 
 
-def test_the_deepspeed_launcher_goes_on_with_the_newest_whole_checkpoint_of_the_same_recipe(tmp_path, quickstart):
+def test_the_recipe_resumes_from_its_newest_undamaged_checkpoint(tmp_path, quickstart):
     folder, log = quickstart
     for path in folder.glob("checkpoint-*"):
         shutil.copytree(path, tmp_path / path.name)
     (damaged,) = tmp_path.glob(f"checkpoint-{STEPS}/*/rank_00001.safetensors")
     os.truncate(damaged, 1000)
-    launcher = ["deepspeed", "--num_gpus", "4", "--master_port", str(free_port()), "--module", "tp_plugin.finetune"]
     job = ["recipes/quickstart/train.yaml", f"output_dir={tmp_path}", f"model.path={folder}/from"]
-    again = launch([*launcher, *job, "--resume", "latest-good"])
+    again = launch_module(4, "tp_plugin.finetune", [*job, "--resume", "latest-good"])
     assert SUMMARY.search(again)
     assert f"resumed a checkpoint of tp=2 dp=2 ZeRO-1 at tp=2 dp=2 ZeRO-1: step {SAVED}" in again
     assert losses(again) == losses(log)[-1:], "as if it had not stopped"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from integration.scripts import tiny
-from integration.scripts.launching import SCRIPTS, accelerate_launch, deepspeed_config
+from tests.support import tiny
+from tests.support.launching import SCRIPTS, deepspeed_config, launch
 
 STEPS, SAVED, GLOBAL, MICRO = 5, 2, 8, 2  # 24 samples: the third step ends an epoch
 SHAPES = {"tp4": (4, 4, 3)}  # ranks, tp, ZeRO stage
@@ -22,7 +22,7 @@ def trainer_run(folder: Path, ranks: int, tp: int, stage: int, variant: dict) ->
     (folder / "variants.json").write_text(json.dumps([variant | {"gradient_accumulation_steps": accumulation}]))
     script = [f"{SCRIPTS}/hf_trainer.py", "--variants", f"{folder}/variants.json", "--out", str(folder)]
     more = {"tp_plugin": {"quiet": True}} if tp == 1 else {}
-    return accelerate_launch(folder, ranks, deepspeed_config(stage, tp, **more), script)
+    return launch(folder, ranks, deepspeed_config(stage, tp, **more), script)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def logged(run: dict, key: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
-def test_trainer_goes_on_as_if_it_had_not_stopped(straight_run, name):
+def test_trainer_resumes_as_if_it_had_not_stopped(straight_run, name):
     folder, shape = straight_run, (SHAPES | SELDOM)[name]
     resume = {"name": name, "resume": f"straight/checkpoint-{SAVED}", **ARGUMENTS}
     said = trainer_run(folder, *shape, resume)
@@ -69,8 +69,8 @@ def test_trainer_goes_on_as_if_it_had_not_stopped(straight_run, name):
 def test_an_accelerate_loop_loads_its_state_elsewhere(tmp_path):
     script = f"{SCRIPTS}/resume_loop.py"
     batch = {"gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
-    accelerate_launch(tmp_path, 4, deepspeed_config(1, 2, **batch), [script, "save", str(tmp_path), "2"])
-    accelerate_launch(tmp_path, 4, deepspeed_config(3, 4, **batch), [script, "load", str(tmp_path), "4"])
+    launch(tmp_path, 4, deepspeed_config(1, 2, **batch), [script, "save", str(tmp_path), "2"])
+    launch(tmp_path, 4, deepspeed_config(3, 4, **batch), [script, "load", str(tmp_path), "4"])
     saved, loaded = (json.loads((tmp_path / f"{what}.json").read_text()) for what in ("save", "load"))
     assert len(saved["losses"]) == 6
     assert loaded["losses"] == pytest.approx(saved["losses"][2:], rel=1e-5)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from integration.scripts import tiny
-from integration.scripts.launching import SCRIPTS, accelerate_launch, deepspeed_config, deepspeed_launch
+from tests.support import tiny
+from tests.support.launching import SCRIPTS, accelerate_launch, deepspeed_config, deepspeed_launch
 
 TP, DP = 2, 2
 TWO_MICRO = {"gradient_accumulation_steps": 2}
@@ -146,7 +146,7 @@ def test_the_deepspeed_launcher_runs_the_same_script(runs, tmp_path):
     variants = [{"name": "tp2", "deepspeed": config, "max_steps": 2}]
     (tmp_path / "variants.json").write_text(json.dumps(variants))
     script = [f"{SCRIPTS}/hf_trainer.py", "--variants", f"{tmp_path}/variants.json", "--out", str(tmp_path)]
-    deepspeed_launch(2, script)
+    deepspeed_launch(2, "tp_plugin.run", script)
     run = json.loads((tmp_path / "tp2.0.json").read_text())
     steps = [[[micro]] for micro in run["batches"][:2]]
     expected = tiny.truth(tiny.model(), steps, all_tokens=True, clip=0.5, lr=1e-2)

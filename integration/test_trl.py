@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.scripts.launching import accelerate_launch, deepspeed_config
 from tests.support import chat, trl_runs
-from tests.support.ranks import ROOT, on_ranks
+from tests.support.launching import accelerate_launch, alone, deepspeed_config, launch
+from tests.support.ranks import ROOT
 
 RECIPES = ROOT / "recipes"
 # name -> (script, recipe or None, model family, form of the data, ranks, ZeRO stage)
@@ -31,6 +28,7 @@ RUNS = {
     "reward": ("reward", None, "Qwen3", "chat-preference", 2, 1),
 }
 TP, ROWS = 2, 4
+LAUNCHED = "qwen3 sft"  # by accelerate launch every time, the others in forked ranks
 
 
 @functools.cache
@@ -62,20 +60,11 @@ def command(name: str, folder: Path, out: str, dp: int) -> list[str]:
     return [f"trl.scripts.{script}", *config, *(str(x) for key, value in options.items() for x in (f"--{key}", value))]
 
 
-def alone(commands: list[list[str]]) -> None:
-    """The scripts one after another in this process, launched by nobody."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    for module, *arguments in commands:
-        sys.argv = [module, *arguments, "--use_cpu", "true"]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what one process has made of every run."""
     made = prepared(tmp_path_factory.mktemp("trl"))
-    on_ranks(1, alone, [command(name, made, f"{name} alone", 1) for name in RUNS])
+    alone(*(["-m", *command(name, made, f"{name} alone", 1), "--use_cpu", "true"] for name in RUNS))
     return made
 
 
@@ -85,7 +74,8 @@ def launched(folder: Path, name: str) -> str:
     ranks, stage = RUNS[name][4:]
     configs = folder / f"{name} configs"
     configs.mkdir(exist_ok=True)
-    return accelerate_launch(configs, ranks, deepspeed_config(stage), ["-m", *command(name, folder, name, ranks // TP)])
+    start = accelerate_launch if name == LAUNCHED else launch
+    return start(configs, ranks, deepspeed_config(stage), ["-m", *command(name, folder, name, ranks // TP)])
 
 
 @pytest.mark.parametrize("name", RUNS)

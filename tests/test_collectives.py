@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin.collectives import (
@@ -17,7 +18,7 @@ from tp_plugin.collectives import (
     split_to_region,
 )
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.mesh import ParallelMesh, take_device
+from tp_plugin.mesh import ParallelMesh, comm_device, take_device
 
 
 def column_then_row(sizes):
@@ -85,7 +86,7 @@ def test_tp_ranks_are_neighbours():
 
 
 @contextlib.contextmanager
-def a_host_of_gpus(local_rank: int, *, count: int = 4, current: int = 0, backend: str = "nccl", bound=None):
+def a_host_of_gpus(local_rank: int, *, count: int = 4, current: int = 0, backend: str = "cuda:nccl", bound=None):
     """Functions of torch answer as on such a host, which no machine of ours is; yields the devices that were set."""
     chosen: list[int] = []
     with (
@@ -94,7 +95,7 @@ def a_host_of_gpus(local_rank: int, *, count: int = 4, current: int = 0, backend
         mock.patch("torch.cuda.device_count", return_value=count),
         mock.patch("torch.cuda.current_device", side_effect=lambda: chosen[-1] if chosen else current),
         mock.patch("torch.cuda.set_device", chosen.append),
-        mock.patch("tp_plugin.mesh.dist.get_backend", return_value=backend),
+        mock.patch("tp_plugin.mesh.dist.get_backend_config", return_value=backend),
         mock.patch("tp_plugin.mesh.bound_device", return_value=bound),
     ):
         yield chosen
@@ -106,7 +107,7 @@ DEVICES = {
     "one that was chosen stays": ({"current": 1}, []),
     "the only one it sees": ({"count": 1}, []),
     "none": ({"count": 0}, []),
-    "gloo sends from the host": ({"backend": "gloo"}, []),
+    "gloo sends from the host": ({"backend": "cpu:gloo,cuda:gloo"}, []),
     "either backend": ({"backend": "cpu:gloo,cuda:nccl"}, [2]),
 }
 
@@ -118,6 +119,84 @@ def test_a_process_takes_its_own_gpu(name):
         take_device()
         take_device()
     assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ("cuda:nccl", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cuda:1"),  # which init_process_group makes when it is given no backend
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu:gloo", "cpu"),
+        (None, "cpu"),
+    ],
+)
+def test_what_is_sent_lies_where_the_groups_backend_takes_it(backend, expected):
+    with (
+        mock.patch("tp_plugin.mesh.dist.get_backend_config", return_value=backend),
+        mock.patch("torch.accelerator.current_accelerator", return_value=torch.device("cuda")),
+        mock.patch("torch.accelerator.current_device_index", return_value=1),
+    ):
+        assert comm_device(None if backend is None else mock.Mock()) == torch.device(expected)
+
+
+def groups_made(bound: bool) -> tuple[list[int], list[str]]:
+    """How many new groups a mesh of tp 1 and then one of tp 2 make, and how."""
+    calls: list[str] = []
+    new, enumerated = distributed_c10d.new_group, dist.new_subgroups_by_enumeration
+
+    def split(*, split_ranks):
+        calls.append("split")
+        return enumerated(split_ranks)[0]
+
+    def counted(*args, **options):
+        calls.append("new")
+        return new(*args, **options)
+
+    counts = []
+    with (
+        mock.patch("tp_plugin.mesh.bound_device", return_value=torch.device("cpu") if bound else None),
+        mock.patch("torch.distributed.distributed_c10d.new_group", counted),
+        mock.patch("tp_plugin.mesh.dist.split_group", split),
+    ):
+        for tp in (1, 2, 2):
+            before = calls.count("new"), calls.count("split")
+            mesh = ParallelMesh.create(tp)
+            counts.append(calls.count("split") - before[1] if bound else calls.count("new") - before[0])
+    whole = ParallelMesh.create(1)
+    assert whole.tp_group is None
+    assert whole.dp_group is dist.group.WORLD
+    assert (whole.dp_rank, whole.dp_size, whole.tp_size) == (dist.get_rank(), 4, 1)
+    return counts, dist.get_process_group_ranks(mesh.tp_group)
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(False, [0, 4, 0]), (True, [0, 2, 0])])
+def test_groups_are_made_once_and_none_for_one_rank(bound, expected):
+    """Where NCCL's world is bound to devices, a mesh costs two splits of it, whatever its size."""
+    for rank, (counts, ranks) in enumerate(on_ranks(4, groups_made, bound)):
+        assert counts == expected
+        assert ranks == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+def groups_of_mesh_and_engine(first: str) -> bool:
+    import deepspeed
+    from deepspeed.utils import groups
+
+    import tp_plugin
+
+    tp_plugin.register()
+    deepspeed.init_distributed("gloo")
+    if first == "engine":
+        groups._init_tp_mesh_device(2)
+    mesh = ParallelMesh.create(2)
+    groups._init_tp_mesh_device(2)
+    tensor, data = groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group()
+    return mesh.tp_group is tensor and mesh.dp_group is data
+
+
+@pytest.mark.parametrize("first", ["engine", "mesh"])
+def test_deepspeeds_engine_and_our_mesh_share_their_groups(first):
+    assert on_ranks(2, groups_of_mesh_and_engine, first) == [True, True]
 
 
 def device_when_groups_are_made() -> list[list[int]]:

@@ -8,7 +8,6 @@ import functools
 import importlib
 import io
 import re
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,24 +18,16 @@ import torch.distributed as dist
 from torch import nn
 
 import tp_plugin
-from tests.integrations.deepspeed.test_optimizers import ClippedByTensor
 from tests.support.adapters import adapt
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
+from tests.support.configs import ACCUMULATION, CLIP, config_for
+from tests.support.errors import replica_error
+from tests.support.matrix import LIMITS, assert_within, run_cases
 from tests.support.models import batch, make
 from tests.support.ranks import on_ranks
-from tests.support.train import (
-    ACCUMULATION,
-    CLIP,
-    STEPS,
-    compare,
-    config_for,
-    engine_for,
-    loss_of,
-    micro_batches,
-    optimizer_for,
-    replica_error,
-)
-from tests.test_parity import LIMITS
+from tests.support.stepped import ClippedByTensor
+from tests.support.train import STEPS, engine_for, loss_of, micro_batches, optimizer_for
+from tp_plugin.param_info import layout_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,31 +60,19 @@ EQUAL: dict[tuple[int, str], dict[str, dict]] = {
 }
 
 
-def compare_all(way: str) -> dict[str, dict[str, float] | str]:
-    """A launch for each way, since a process in which DeepSpeed has made its groups is another one for ``mpu=``."""
-    found: dict[str, dict[str, float] | str] = {}
-    for name, case in EQUAL[dist.get_world_size(), way].items():
-        try:
-            found[name] = compare(tp=2, way=way, **MIXED | case)
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
 @functools.cache
-def compared(world: int, way: str) -> list[dict[str, dict[str, float] | str]]:
-    return on_ranks(world, compare_all, way, timeout_s=600)
+def compared(world: int, way: str) -> list[list[dict[str, float] | str]]:
+    """A launch for each way, since a process in which DeepSpeed has made its groups is another one for ``mpu=``."""
+    cases = [MIXED | {"way": way} | case for case in EQUAL[world, way].values()]
+    return on_ranks(world, run_cases, 2, cases, timeout_s=600)
 
 
 @pytest.mark.parametrize(
     ("world", "way", "name"), [pytest.param(*key, name, id=name) for key, cases in EQUAL.items() for name in cases]
 )
 def test_equals_one_process(world, way, name):
-    for rank, found in enumerate(compared(world, way)):
-        errors = found[name]
-        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
-        above = {key: value for key, value in errors.items() if not value <= LIMITS[key]}
-        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
+    index = list(EQUAL[world, way]).index(name)
+    assert_within(LIMITS, [found[index] for found in compared(world, way)])
 
 
 # ---- half precision --------------------------------------------------------------------------------------------------
@@ -160,7 +139,7 @@ def sharded_half(stage: int, config: dict) -> dict:
     moved = {}
     rank = engine.module.tp_sharding.mesh.tp_rank
     for name, param in engine.module.named_parameters():
-        layout = getattr(param, "tp_layout", None)
+        layout = layout_of(param)
         whole = start[name] if layout is None else layout.shard(start[name], rank)
         moved[name] = (layout, safe_get_full_fp32_param(param).reshape(whole.shape) - whole)
     return {
@@ -455,10 +434,10 @@ REFUSED = {
     "fused_lamb": r"the optimizer FusedLamb.*use an elementwise one",
     "lora_fa_of_peft": r"the optimizer LoraFAOptimizer.*use an elementwise one",
     "adafactor_by_a_callable": r"the optimizer Adafactor.*use an elementwise one",
-    "clipped_by_tensor": r"the optimizer ClippedByTensor takes another step on the parts.*use an elementwise one",
-    "clipped_by_tensor_in_a_callable": r"the optimizer ClippedByTensor takes another step on the parts",
+    "clipped_by_tensor": r"the optimizer ClippedByTensor is not elementwise.*use an elementwise one",
+    "clipped_by_tensor_in_a_callable": r"the optimizer ClippedByTensor is not elementwise",
     "use_kernels": r"use_kernels=True.*load it without",
-    "zero_init": r"built under DeepSpeed's zero\.Init.*build it outside of deepspeed\.zero\.Init",
+    "zero_init": r"built under deepspeed\.zero\.Init.*build it outside of deepspeed\.zero\.Init",
     "resize_after": r"resize_token_embeddings\(140\).*resize before sharding",
     "gradient_hook": r"embed_tokens\.weight' has a gradient hook.*remove it",
     "deepcopy_after": r"cannot be copied.*copy before sharding",
@@ -563,7 +542,7 @@ def resize_before(directory: str = "") -> tuple[float, int]:
 
 
 def printed_at_start(way: str, host: str) -> str:
-    with mock.patch("socket.gethostname", return_value=host), contextlib.redirect_stdout(io.StringIO()) as out:
+    with mock.patch("socket.gethostname", return_value=host), contextlib.redirect_stderr(io.StringIO()) as out:
         model = make("Llama")
         if way == "early":
             tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2))
@@ -592,7 +571,7 @@ def single() -> list[dict]:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(single, name):
+def test_an_unsupported_option_is_refused_on_every_rank(single, name):
     assert re.search(REFUSED[name], sentence(single, name))
 
 
@@ -671,5 +650,11 @@ def test_every_test_the_table_names_exists():
 
 
 def test_every_refusal_is_in_the_table():
-    named = {case for row in rows() for case in re.findall(r"test_compatibility\.py::test_refused\[(\w+)\]", row[-1])}
+    named = {
+        case
+        for row in rows()
+        for case in re.findall(
+            r"test_compatibility\.py::test_an_unsupported_option_is_refused_on_every_rank\[(\w+)\]", row[-1]
+        )
+    }
     assert named == set(REFUSED)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tp_plugin
-from tests.support.cases import launched, values
+from tests.support.batched_cases import launched, values
 from tests.support.models import batch, make
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import NO_FULLGRAPH
+from tp_plugin.param_info import layout_of
 
 TP = 2
 SHARED = {"family": "Qwen2", "heads": (6, 3)}  # a key head on both ranks
@@ -32,7 +33,7 @@ def numbers(model: Any, backend: str | None) -> tuple[float, dict[str, torch.Ten
         loss += float(out.loss)
     gradients = {}
     for name, param in model.named_parameters():
-        layout = getattr(param, "tp_layout", None)
+        layout = layout_of(param)
         gradients[name] = param.grad if layout is None else layout.unshard(tp_plugin.collectives.all_gather(
             param.grad, model.tp_sharding.mesh.tp_group,
             sizes=[layout.local_size(rank) for rank in range(layout.ranks)], dim=layout.dim or 0,

@@ -48,7 +48,10 @@ def test_no_degree_is_one(config):
         ({"check_batch_every": 1.5}, "'check_batch_every' must be of type int, got 1.5"),
         ({"loss_workspace_mib": -1}, r"'loss_workspace_mib' must be 0 \(automatic\)"),
         ({"plan": ["a"]}, r"'plan' must be of type a mapping of strings, got \['a'\]"),
-        ({"plan": {"a": 1}}, "'plan' maps module-name patterns to style names, got 'a': 1"),
+        (
+            {"plan": {"a": 1}},
+            "'plan' maps module-name patterns to style names, or to objects with a \"style\", got 'a': 1",
+        ),
     ],
 )
 def test_wrong_values_are_refused(options, message):
@@ -91,3 +94,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
         path.write_text(text)
     with pytest.raises(TensorParallelError, match=r"cannot read the DeepSpeed config '.*ds\.json'"):
         TensorParallelConfig.from_deepspeed(path)
+
+
+def test_a_rule_may_be_an_object():
+    rule = {"style": "column", "role": "q|k|v"}
+    assert TensorParallelConfig(plan={"a.*": rule}).plan == {"a.*": rule}

@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 import tp_plugin
 from tests.support import zoo
-from tests.support.cases import launched, values
+from tests.support.batched_cases import launched, values
 from tests.support.models import make
 from tests.support.zoo import ZOO
 from tp_plugin.collectives import counted

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import (
     CompileConfig,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     WatermarkingConfig,
@@ -24,11 +25,14 @@ from transformers.generation import stopping_criteria
 
 import tp_plugin
 from tests.support import zoo
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
+from tests.support.configs import config_for
 from tests.support.models import batch, make
 from tests.support.ranks import on_ranks
-from tests.support.train import config_for, engine_for, optimizer_for
+from tests.support.train import engine_for, optimizer_for
 from tp_plugin.config import TensorParallelConfig
+from tp_plugin.integrations.transformers import generate
+from tp_plugin.mesh import ParallelMesh
 
 TP = 2
 HERE = __name__
@@ -263,6 +267,26 @@ def test_a_pipeline_and_compiled_forwards_give_the_same(name):
         assert ours == theirs
 
 
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_forwards_of_a_sharded_model_are_never_captured_in_cuda_graphs(is_sharded):
+    """transformers compiles them on GPUs by itself, in a mode that does; another mode that is asked for stays."""
+    tp_plugin.register()
+    cache = SimpleNamespace(is_compileable=True)
+    model = SimpleNamespace(device=torch.device("cuda"), config=make("Llama").config)
+    usual, other = "reduce-overhead", "max-autotune-no-cudagraphs"
+    token = generate._MESH.set(ParallelMesh.single() if is_sharded else None)
+    found = []
+    for asked in (None, CompileConfig(), CompileConfig(mode=other), CompileConfig(backend="eager")):
+        config = GenerationConfig(compile_config=asked)
+        compiled = GenerationMixin._valid_auto_compile_criteria(model, {"past_key_values": cache}, config)
+        found.append((compiled, config.compile_config.mode if config.compile_config is not None else None))
+    generate._MESH.reset(token)
+    if is_sharded:
+        assert found == [(False, None), (True, "default"), (True, other), (True, usual)]
+    else:
+        assert found == [(True, None), (True, usual), (True, other), (True, usual)]
+
+
 def test_ranks_that_are_seeded_apart_sample_one_text():
     first, second = values(results(), "seeded_apart")
     model = make("Llama").eval()
@@ -272,7 +296,7 @@ def test_ranks_that_are_seeded_apart_sample_one_text():
 
 def test_a_rank_says_whom_it_waits_for():
     (said, first), (nothing, second) = values(results(), "late")
-    assert "tp_plugin: rank 0 waits in generate() for other ranks; it is collective" in said
+    assert "tp_plugin: WARNING: rank 0 waits in generate() for other ranks; it is collective" in said
     assert nothing == ""
     assert first == second
 

@@ -6,16 +6,10 @@ is a test of its own all the same. The full cross of families and stages is ``ma
 
 from __future__ import annotations
 
-import functools
-import traceback
-
 import pytest
 
+from tests.support.matrix import Matrix
 from tests.support.models import FAMILIES
-from tests.support.ranks import on_ranks
-from tests.support.train import compare
-
-LIMITS = {"loss": 1e-5, "norm": 1e-5, "grad": 1e-4, "update": 1e-4, "replicas": 0.0}
 
 # every configuration of one launch: (world, tp) -> cases
 CASES: dict[tuple[int, int], list[dict]] = {
@@ -44,44 +38,50 @@ CASES: dict[tuple[int, int], list[dict]] = {
         *[{"family": "Qwen3", "stage": 1, "heads": (12, 3), "optimizer": name} for name in ("adamw", "sgd")],
         {"family": "Llama", "stage": 3, "heads": (8, 2), "tied": True},
     ],
-    (8, 4): [
-        *[{"family": "Qwen3", "stage": stage, "heads": heads}
-          for stage, heads in zip((0, 1, 2, 3), ((8, 4), (12, 3), (8, 2), (4, 1)), strict=True)],
-    ],
+    (8, 4): [{"family": "Qwen3", "stage": 2, "heads": (12, 3)}],
 }  # fmt: skip
-
-
-def run_cases(tp: int, cases: list[dict]) -> list[dict[str, float] | str]:
-    """One rank's share of every case; an exception ends its case only."""
-    results: list[dict[str, float] | str] = []
-    for case in cases:
-        try:
-            results.append(compare(tp=tp, **case))
-        except Exception:
-            results.append(traceback.format_exc())
-    return results
-
-
-@functools.cache
-def launched(world: int, tp: int) -> list[list[dict[str, float] | str]]:
-    return on_ranks(world, run_cases, tp, CASES[world, tp], timeout_s=900)
-
-
-def name_of(case: dict) -> str:
-    return "-".join(str(value).replace(" ", "") for value in case.values())
-
-
-PARAMETERS = [
-    pytest.param(world, tp, index, id=f"tp{tp}xdp{world // tp}-{name_of(case)}")
-    for (world, tp), cases in CASES.items()
-    for index, case in enumerate(cases)
+EIGHT_RANKS = [
+    {"family": "Qwen3", "stage": stage, "heads": heads}
+    for stage, heads in zip((0, 1, 3), ((8, 4), (8, 2), (4, 1)), strict=True)
 ]
 
 
-@pytest.mark.parametrize(("world", "tp", "index"), PARAMETERS)
+HEADS = {2: ((4, 4), (4, 2), (4, 1), (8, 2), (6, 3), (6, 2)), 4: ((8, 2), (8, 4), (4, 1), (12, 3))}
+
+
+def cases_for(tp: int) -> list[dict]:
+    families = [
+        {"family": family, "stage": stage, "heads": HEADS[tp][1], "tied": tied}
+        for family in FAMILIES
+        for stage in (0, 1, 2, 3)
+        for tied in (True, False)
+    ]
+    heads = [
+        {"family": "Qwen3", "stage": stage, "heads": heads, "optimizer": optimizer}
+        for heads in HEADS[tp]
+        for stage in (0, 1, 2, 3)
+        for optimizer in ("adamw", "sgd")
+    ]
+    offloaded = [
+        {"family": "Qwen2", "stage": stage, "heads": heads, "offload": True}
+        for heads in HEADS[tp]
+        for stage in (1, 2, 3)
+    ]
+    return families + heads + offloaded
+
+
+EVERY_DAY = Matrix(CASES, 900)
+AT_LENGTH = Matrix(
+    {(tp * dp, tp): cases_for(tp) + EIGHT_RANKS * (tp * dp == 8) for tp in (2, 4) for dp in (1, 2)}, 7200
+)
+
+
+@pytest.mark.parametrize(("world", "tp", "index"), EVERY_DAY.parameters())
 def test_equals_one_process(world, tp, index):
-    for rank, results in enumerate(launched(world, tp)):
-        errors = results[index]
-        assert not isinstance(errors, str), f"rank {rank}:\n{errors}"
-        above = {name: value for name, value in errors.items() if not value <= LIMITS[name]}
-        assert not above, f"rank {rank}: {above} exceed {LIMITS}"
+    EVERY_DAY.check(world, tp, index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "tp", "index"), AT_LENGTH.parameters())
+def test_equals_one_process_everywhere(world, tp, index):
+    AT_LENGTH.check(world, tp, index)

@@ -1,11 +1,10 @@
-"""The README's examples, run as they stand but for the model's size, the learning rate and the devices.
+"""Examples of the README and docs/usage.md, run as they are but for the model, the learning rate and the devices.
 
 On a CPU Trainer refuses bf16, so its two examples run in fp32 here.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -17,56 +16,27 @@ import pytest
 import torch
 import transformers
 
-from integration.scripts.launching import free_port
+from tests.support import launching
+from tests.support.examples import BLOCKS, DOCS, SHARDED, prepare, run, trl_script
+from tests.support.launching import free_port
 from tests.support.ranks import ROOT
-from tp_plugin.launch.build import build_model, build_tokenizer
-
-README = (ROOT / "README.md").read_text()
-BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.S))
-TEXTS = [f"{n} times {n} is {n * n}, as everybody knows. The quick brown fox jumps over it." for n in range(200)]
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A directory with what the examples expect: ``tiny`` in place of the 8B model, and two CPU processes."""
-    build_tokenizer(str(tmp_path / "tiny"), 301, TEXTS)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    build_model(str(tmp_path / "tiny"), LLAMA, tokenizer, seed=0)
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    config = (ROOT / "recipes/accelerate/tp2_zero1.yaml").read_text()
-    (tmp_path / "cpu.yaml").write_text(config.replace("num_processes: 8", "num_processes: 2\nuse_cpu: true"))
-    return tmp_path
+    return prepare(tmp_path)
 
 
-def run(place: Path, *command: str, sharded: bool = True) -> str:
-    bin_folder = Path(sys.executable).parent
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        [str(bin_folder / command[0]), *command[1:]],
-        cwd=place,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    assert not sharded or "tp=2 dp=1 ZeRO-1, 7/7 linears sharded" in done.stdout
-    return done.stdout
+def run_forked(place: Path, *command: str, config: str | None = None, sharded: bool = True) -> str:
+    """:func:`run` on two forked ranks, started as by ``accelerate launch`` with ``config``, or by deepspeed."""
+    if launching.real:
+        launcher = ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port", str(free_port())]
+        launcher = ["accelerate", "launch", "--config_file", config] if config else launcher
+        return run(place, *launcher, *command, sharded=sharded)
+    environment = launching.accelerate_environment(["--config_file", str(place / config)]) if config else {}
+    log = launching.forked(2, list(command), environment, place)
+    assert not sharded or SHARDED in log
+    return log
 
 
 def loads_plainly(directory: Path) -> None:
@@ -80,7 +50,7 @@ def loads_plainly(directory: Path) -> None:
 
 def test_every_example_is_run_and_short():
     assert set(BLOCKS) == {"recipe", "deepspeed", "script", "trl", "weights", "loss"}
-    assert len(re.findall(r"```(?:python|yaml)", README)) == len(BLOCKS)
+    assert len(re.findall(r"```(?:python|yaml)", DOCS)) == len(BLOCKS)
     for example in BLOCKS.values():
         assert example.count("\n") <= 30
 
@@ -105,14 +75,13 @@ def test_deepspeed_example(place):
 def test_script_example(place):
     script = BLOCKS["script"].replace("bf16=True", "learning_rate=1e-2").replace('"bfloat16"', '"float32"')
     (place / "train.py").write_text(script)
-    run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "train.py", "tiny")
+    run_forked(place, "-m", "tp_plugin.run", "train.py", "tiny", config="cpu.yaml")
     loads_plainly(place / "outputs/script")
 
 
 def test_trl_example(place):
-    script = BLOCKS["trl"].replace("bf16=True", "bf16=False, learning_rate=1e-2").replace('"bfloat16"', '"float32"')
-    (place / "sft.py").write_text(script)
-    run(place, "accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "sft.py", "tiny")
+    (place / "sft.py").write_text(trl_script())
+    run_forked(place, "-m", "tp_plugin.run", "sft.py", config="cpu.yaml")
     start = transformers.AutoModelForCausalLM.from_pretrained(place / "tiny")
     adapted = peft.PeftModel.from_pretrained(start, place / "outputs/sft")
     trained = [param for name, param in adapted.named_parameters() if "lora_B" in name]
@@ -122,10 +91,9 @@ def test_trl_example(place):
 
 def test_weights_example(place):
     (place / "resume.py").write_text(BLOCKS["weights"].replace("lr=1e-5", "lr=1e-2"))
-    launch = ["deepspeed", "--no_local_rank", "--num_gpus", "2", "--master_port"]
-    run(place, *launch, str(free_port()), "resume.py", "tiny", "2")
+    run_forked(place, "resume.py", "tiny", "2")
     loads_plainly(place / "outputs/model")
-    log = run(place, *launch, str(free_port()), "resume.py", "tiny", "1", sharded=False)
+    log = run_forked(place, "resume.py", "tiny", "1", sharded=False)
     assert "resumed a checkpoint of tp=2 dp=1 ZeRO-1 at tp=1 dp=2 ZeRO-1" in log
     told = run(place, "tp-plugin", "inspect", "outputs/run", sharded=False)
     assert "global_step2" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,9 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 import tp_plugin
 from tests.support.models import make
@@ -108,7 +112,7 @@ def test_accelerate_config_is_accepted_and_fits_its_deepspeed_config(path):
     assert config.distributed_type.value == "DEEPSPEED"
     file = ROOT / config.deepspeed_config["deepspeed_config_file"]
     assert file in DEEPSPEED
-    assert config.deepspeed_config["zero3_init_flag"] is False
+    assert "needs tp_plugin.register()" in config.deepspeed_config["zero3_init_flag"]
     assert config.parallelism_config == {}, "tp comes from the DeepSpeed config alone"
     assert "mixed_precision" not in path.read_text(), "refused by accelerate next to a DeepSpeed config file"
     degree, stage = degree_and_stage(json.loads(file.read_text()))
@@ -158,7 +162,26 @@ def filled(path: str) -> dict:
 @pytest.mark.parametrize("path", DEEPSPEED, ids=name_of)
 def test_deepspeed_reads_what_we_mean(path):
     degree, stage = degree_and_stage(json.loads(path.read_text()))
-    assert on_ranks(1, read_by_deepspeed, str(path), env={"FORCE_GROUP": "1"}) == [(degree, stage, 0.5)]
+    assert on_ranks(1, read_by_deepspeed, str(path), group=True) == [(degree, stage, 0.5)]
+
+
+def read_by_accelerate(path: str) -> tuple[str, bool]:
+    """What accelerate says of a config in a process without us, and the flag it reads in one with us."""
+    with mock.patch("accelerate.commands.launch.deepspeed_launcher") as started:
+        launch_command(launch_command_parser().parse_args(["--config_file", path, "train.py"]))
+    environment = prepare_deepspeed_cmd_env(started.call_args.args[0])[1]
+    with mock.patch.dict(os.environ, {key: environment[key] for key in environment if key.startswith("ACCELERATE_")}):
+        with pytest.raises(ValueError, match="invalid truth value") as caught:
+            DeepSpeedPlugin()
+        tp_plugin.register()
+        return str(caught.value), DeepSpeedPlugin().zero3_init_flag
+
+
+def test_unpatched_accelerate_trips_over_its_config_before_anything_else():
+    """As ``trl sft --accelerate_config`` starts a script."""
+    ((said, flag),) = on_ranks(1, read_by_accelerate, str(ACCELERATE[0]))
+    assert "needs tp_plugin.register() before anything else, as -m tp_plugin.run before the script does" in said
+    assert flag is False
 
 
 def complaint_unregistered(path: str, autotp_size: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.ranks import on_ranks
-from tests.support.trainings import CASES, TP, train
+from tests.support.trainer_cases import CASES, TP, train
 
 HALF = [name for name, case in CASES.items() if case.arguments.get("bf16")]
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -102,7 +102,7 @@ def curve(found: dict) -> torch.Tensor:
 
 @functools.cache
 def curves_of(tp: int, exact: bool) -> dict[str, torch.Tensor]:
-    return on_ranks(tp, curves, tp, exact, env=DEEPSPEED | {"FORCE_GROUP": "1"})[0]
+    return on_ranks(tp, curves, tp, exact, env=DEEPSPEED, group=True)[0]
 
 
 @pytest.mark.parametrize("name", HALF)

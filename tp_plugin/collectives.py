@@ -1,8 +1,19 @@
 """Collectives over a tensor-parallel group: differentiable, synchronous or not, and counted.
 
-The four differentiable ones come in conjugate pairs: the backward of a copy is a reduction, of a gather a split
-(Megatron-LM, Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3). ``group=None`` means one rank: every
-function is then the identity and costs nothing.
+The four differentiable ones are two conjugate pairs (Megatron-LM, Shoeybi et al. 2019,
+https://arxiv.org/abs/1909.08053, section 3), of which the first are the paper's f and g:
+
+====================  ==================  ==================
+function              forward             backward
+====================  ==================  ==================
+copy_to_region        identity            all-reduce
+reduce_from_region    all-reduce          identity
+gather_from_region    all-gather          own part
+split_to_region       own part            all-gather
+====================  ==================  ==================
+
+Each backward calls its partner as an autograd function, so derivatives of any order are right. ``group=None`` means one
+rank: every function is then the identity.
 """
 
 from __future__ import annotations
@@ -17,7 +28,7 @@ import torch.distributed as dist
 
 @dataclasses.dataclass
 class Record:
-    """One collective as issued: its kind, why it was made, and the bytes of this rank's tensor."""
+    """One collective as issued: its kind, its purpose, and the bytes of this rank's tensor."""
 
     kind: str
     purpose: str
@@ -32,7 +43,7 @@ class Counter:
     records: list[Record] = dataclasses.field(default_factory=list)
 
     def count(self, purpose: str | None = None, *, backward: bool | None = None) -> int:
-        """How many, optionally of one purpose or one direction."""
+        """Number of collectives, optionally of one purpose or one direction."""
         return len(self._pick(purpose, backward))
 
     def nbytes(self, purpose: str | None = None, *, backward: bool | None = None) -> int:
@@ -74,7 +85,7 @@ def size_of(group: dist.ProcessGroup | None) -> int:
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This rank's place in the group; 0 for None."""
+    """This rank's number in the group; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -88,7 +99,7 @@ def all_reduce_(
 ) -> dist.Work | None:
     """Reduce ``tensor`` in place over the group. Returns the handle to wait on when ``async_op``, else None.
 
-    ``tensor`` must be contiguous: a contiguous copy would be reduced and thrown away.
+    ``tensor`` must be contiguous: otherwise a copy would be reduced and dropped.
     """
     if group is None:
         return None
@@ -130,12 +141,13 @@ def gather_to(
     *,
     purpose: str = "",
 ) -> None:
-    """Send every rank's 1-dim tensor to rank ``to`` of the group, which has a tensor of each rank's size to receive it.
+    """Send every rank's 1-dim tensor to rank ``to`` of the group, by point-to-point messages.
 
-    Messages to one rank: nothing is padded, a rank that has nothing sends nothing, and nothing is allocated here.
+    Nothing is padded or allocated, and a rank with an empty tensor sends nothing.
 
     Args:
-        received: on rank ``to`` one tensor a rank, of which its own is left alone; ignored on the others.
+        received: on rank ``to`` one tensor a rank, of that rank's size, to write to; its own is not written. Ignored
+            on the other ranks.
     """
     if group is None:
         return
@@ -152,7 +164,7 @@ def gather_to(
 def start_all_gather(
     tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = ""
 ) -> Callable[[], torch.Tensor]:
-    """Begin to gather tensors of one shape, at least 1-dim. The function returned waits; it gives ``[ranks, ...]``."""
+    """Start to gather tensors of one shape, at least 1-dim; the function returned waits and gives ``[ranks, ...]``."""
     if group is None:
         return lambda: tensor.unsqueeze(0)
     tensor = tensor.contiguous()
@@ -169,7 +181,7 @@ def start_all_gather(
 
 
 def broadcast_(tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "") -> None:
-    """Overwrite ``tensor`` (contiguous) with that of the group's rank 0."""
+    """Overwrite ``tensor``, which must be contiguous, with that of the group's rank 0."""
     if group is None:
         return
     if not tensor.is_contiguous():
@@ -179,6 +191,8 @@ def broadcast_(tensor: torch.Tensor, group: dist.ProcessGroup | None, *, purpose
 
 
 class _Copy(torch.autograd.Function):
+    """forward: identity; backward: all-reduce."""
+
     @staticmethod
     def forward(ctx, x, group, purpose):
         ctx.group, ctx.purpose = group, purpose
@@ -187,56 +201,62 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
-        all_reduce_(grad, ctx.group, purpose=ctx.purpose)
-        return grad, None, None
+        return reduce_from_region(grad, ctx.group, purpose=ctx.purpose), None, None
 
 
 class _Reduce(torch.autograd.Function):
+    """forward: all-reduce, in place; backward: identity."""
+
     @staticmethod
     def forward(ctx, x, group, purpose):
+        ctx.group, ctx.purpose = group, purpose
         all_reduce_(x, group, purpose=purpose)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None
+        return copy_to_region(grad, ctx.group, purpose=ctx.purpose), None, None
 
 
 class _Gather(torch.autograd.Function):
+    """forward: all-gather; backward: this rank's part."""
+
     @staticmethod
     def forward(ctx, x, group, dim, sizes, purpose):
-        ctx.group, ctx.dim, ctx.sizes = group, dim, sizes
+        ctx.split = group, dim, sizes
+        ctx.purpose = purpose
         return torch.cat(all_gather(x, group, purpose=purpose, sizes=sizes, dim=dim), dim)
 
     @staticmethod
     def backward(ctx, grad):
-        rank = rank_in(ctx.group)
-        return grad.narrow(ctx.dim, sum(ctx.sizes[:rank]), ctx.sizes[rank]), None, None, None, None
+        return split_to_region(grad, *ctx.split, purpose=ctx.purpose), None, None, None, None
 
 
 class _Split(torch.autograd.Function):
+    """forward: this rank's part; backward: all-gather."""
+
     @staticmethod
     def forward(ctx, x, group, dim, sizes, purpose):
-        ctx.group, ctx.dim, ctx.sizes, ctx.purpose = group, dim, sizes, purpose
+        ctx.split = group, dim, sizes
+        ctx.purpose = purpose
         rank = rank_in(group)
         return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
 
     @staticmethod
     def backward(ctx, grad):
-        parts = all_gather(grad, ctx.group, purpose=ctx.purpose, sizes=ctx.sizes, dim=ctx.dim)
-        return torch.cat(parts, ctx.dim), None, None, None, None
+        return gather_from_region(grad, *ctx.split, purpose=ctx.purpose), None, None, None, None
 
 
 def copy_to_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "enter") -> torch.Tensor:
-    """Enter a sharded region: identity forward, sum of the partial gradients backward. Any shape."""
+    """Enter a sharded region; forward: identity, backward: all-reduce of the partial gradients. Any shape."""
     return x if group is None else _Copy.apply(x, group, purpose)
 
 
 def reduce_from_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purpose: str = "leave") -> torch.Tensor:
-    """Leave a sharded region: sum of the partial outputs forward, identity backward. Any shape.
+    """Leave a sharded region; forward: all-reduce of the partial outputs, backward: identity. Any shape.
 
-    Reduces in place: ``x`` must be an intermediate result that nobody else reads (a product, a masked lookup).
+    Reduces in place: ``x`` must be an intermediate result without another reader (a product, a masked lookup).
     """
     return x if group is None else _Reduce.apply(x.contiguous(), group, purpose)
 
@@ -244,9 +264,9 @@ def reduce_from_region(x: torch.Tensor, group: dist.ProcessGroup | None, *, purp
 def gather_from_region(
     x: torch.Tensor, group: dist.ProcessGroup | None, dim: int, sizes: Sequence[int], *, purpose: str = "gather"
 ) -> torch.Tensor:
-    """Join the shards along ``dim``, for a consumer that is replicated. Backward keeps this rank's part.
+    """Join the shards for a replicated consumer; forward: all-gather along ``dim``, backward: this rank's part.
 
-    ``sizes`` are all ranks' extents along ``dim``. The gradient that arrives must be equal on all ranks.
+    ``sizes`` are all ranks' extents along ``dim``. The incoming gradient must be equal on all ranks.
     """
     return x if group is None else _Gather.apply(x, group, dim % x.dim(), tuple(sizes), purpose)
 
@@ -254,5 +274,5 @@ def gather_from_region(
 def split_to_region(
     x: torch.Tensor, group: dist.ProcessGroup | None, dim: int, sizes: Sequence[int], *, purpose: str = "split"
 ) -> torch.Tensor:
-    """Keep this rank's part of a replicated tensor along ``dim``. Backward joins the parts' gradients."""
+    """Shard a replicated tensor; forward: this rank's part along ``dim``, backward: all-gather of the gradients."""
     return x if group is None else _Split.apply(x, group, dim % x.dim(), tuple(sizes), purpose)

@@ -1,4 +1,4 @@
-"""The one configuration object, and how it is read from a DeepSpeed config."""
+"""TensorParallelConfig: the options of tensor parallelism, read from a DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -12,45 +12,51 @@ from typing import Any
 
 from tp_plugin.errors import TensorParallelError
 
+PlanRules = Mapping[str, str | Mapping[str, Any]]
+"""Rules of the user's: module-name pattern -> a style, or an object with "style" and more of ``tp_plugin.Rule``."""
 INFER = ("checked", "trusted", "off")
 BLOCK = "tp_plugin"  # our top-level block of the DeepSpeed config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorParallelConfig:
-    """How a model is sharded and guarded.
+    """Options of sharding, of its checks and of the loss.
 
     In a DeepSpeed config ``tp_size`` is ``tensor_parallel.autotp_size``; the other fields are keys of the
     top-level ``tp_plugin`` block.
 
     Attributes:
         tp_size: ranks a tensor is sharded over; neighbours in rank order form a group. 1 shards nothing.
-        plan: extra rules, module-name pattern -> style, that go before every other source of the plan.
-            Patterns are matched against full module names; ``*`` stands for one dotted part.
+        plan: rules that go before every other source of the plan: module-name pattern -> style, ours or HF's, or
+            pattern -> object such as ``{"style": "column", "role": "q|k|v"}`` with the fields of
+            :class:`tp_plugin.Rule`. Patterns are matched against full module names; ``*`` stands for one dotted part.
         check_batch_every: every how many training forwards the ranks of a TP group compare their inputs
             (one small all-gather). 0 never compares. The first forward is always compared unless 0.
-        guard: compute the first training step again without tensor parallelism, on a slice of the batch, and refuse to
-            go on where loss or logits differ, or where a parameter that should has no gradient.
-        check_replicas_every: every how many training forwards parameters that a TP group holds as replicas are compared
-            by a hash, the first included; before that also after 1, 2, 4, 8... of them. 0 never compares.
-        broadcast_batch: hand tensor-parallel rank 0's batch to its whole TP group before every forward, for
-            data collators that draw random numbers.
+        guard: compute the first training step again without tensor parallelism, on a slice of the batch; refuse to go
+            on where loss or logits differ, or where a trained parameter has no gradient.
+        check_replicas_every: every how many training forwards the replicas of a parameter in a TP group are compared by
+            a hash, the first included; before that also after 1, 2, 4, 8... of them. 0 never compares.
+        broadcast_batch: send tensor-parallel rank 0's batch to its TP group before every forward, for data collators
+            that draw random numbers.
         loss_workspace_mib: working memory of the fused head and loss, in MiB; its chunk size follows from it. 0 is
             512 on an accelerator and 64 on a CPU.
-        infer: what becomes of blocks that neither rules nor HF's plan speak of. "checked": rules are read off their
-            modules and shapes, and tried on a small copy of the model before its weights are touched. "trusted":
-            the same without the trial. "off": they stay replicated.
-        quiet: do not print the summary of what was sharded.
+        infer: treatment of blocks that no rule matches. "checked": rules are inferred from their modules and shapes,
+            and tried on a small copy of the model before its weights are touched. "trusted": the same without the
+            trial. "off": such blocks stay replicated.
+        uneven_heads: where ``tp_size`` fits neither the query nor the key/value heads of an attention, let ranks differ
+            by one query head instead of refusing.
+        quiet: do not log the summary of what was sharded.
     """
 
     tp_size: int = 1
-    plan: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    plan: PlanRules = dataclasses.field(default_factory=dict)
     check_batch_every: int = 100
     guard: bool = True
     check_replicas_every: int = 500
     broadcast_batch: bool = False
     loss_workspace_mib: int = 0
     infer: str = "checked"
+    uneven_heads: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -74,9 +80,10 @@ class TensorParallelConfig:
         if self.loss_workspace_mib < 0:
             raise TensorParallelError("tp_plugin option 'loss_workspace_mib' must be 0 (automatic) or a number of MiB.")
         for pattern, style in self.plan.items():
-            if not isinstance(pattern, str) or not isinstance(style, str):
+            if not isinstance(pattern, str) or not isinstance(style, str | Mapping):
                 raise TensorParallelError(
-                    f"tp_plugin option 'plan' maps module-name patterns to style names, got {pattern!r}: {style!r}."
+                    "tp_plugin option 'plan' maps module-name patterns to style names, or to objects with a \"style\", "
+                    f"got {pattern!r}: {style!r}."
                 )
 
     @classmethod

@@ -1,42 +1,48 @@
 """Errors that every rank raises together.
 
 A rank that raises alone leaves its peers waiting in the next collective until a timeout ends them.
-So what can differ between ranks is checked through :func:`agree`, which raises on all ranks or on none.
+So conditions that can differ between ranks go through :func:`agree`, which raises on all ranks or on none.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import contextvars
+import pickle
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
+from tp_plugin import log
+
 NO_FULLGRAPH = "a tensor-parallel model breaks graphs at its collectives: compile without fullgraph=True"
-"""Shown by torch.compile where we opt out of it."""
+"""The reason that torch.compile shows where this package opts out of it."""
 
 
 class TensorParallelError(ValueError):
-    """A tensor-parallel setup that would train wrongly or cannot work. The message says what to change."""
+    """A tensor-parallel setup that would train wrongly or cannot work. The message names the fix."""
 
 
 def sentence_of(failure: Exception) -> str:
-    """What failed, in one sentence without its full stop: ours as it is, else the kind and what it says first."""
+    """The failure in one sentence without its full stop: our own message, else the type and first sentence."""
     if isinstance(failure, TensorParallelError):
         return str(failure)
     return f"{type(failure).__name__}: {reason_of(failure) or 'no reason given'}"
 
 
 def reason_of(failure: Exception) -> str:
-    """The first sentence of what an error of some library's says; "" if it says nothing."""
+    """The first sentence of a library's error message; "" if it is empty."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     return lines[0].split(". ")[0].rstrip(".") if lines else ""
 
 
 def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank of ``group`` if any rank brings an ``error``; a collective call.
+    """Raise on every rank of ``group`` if any rank has an ``error``; a collective call.
 
     Args:
-        error: this rank's sentence, or None when all is well here.
+        error: this rank's sentence, or None without an error.
         group: the ranks that must agree; None means the whole world. Without an initialised process
             group the error is raised at once.
 
@@ -49,29 +55,90 @@ def agree(error: str | None, group: dist.ProcessGroup | None = None) -> None:
 
 
 def together(sentence: str | None, group: dist.ProcessGroup | None = None) -> str:
-    """Each distinct sentence that ranks of ``group`` bring, with their global ranks; a collective call.
+    """Each distinct sentence of the ranks of ``group``, with their global ranks; a collective call.
 
-    The same on all ranks; "" when nobody brings one. Arguments as of :func:`agree`.
+    The same on all ranks; "" if no rank has one. Arguments as of :func:`agree`.
     """
     if not dist.is_available() or not dist.is_initialized():
         return sentence or ""
     found: list[tuple[int, str | None]] = [(0, None)] * dist.get_world_size(group)
     dist.all_gather_object(found, (dist.get_rank(), sentence), group=group)
     ranks_of: dict[str, list[int]] = {}
-    for rank, brought in found:
-        if brought:
-            ranks_of.setdefault(brought, []).append(rank)
-    everyone = len(found)
+    for rank, said in found:
+        if said:
+            ranks_of.setdefault(said, []).append(rank)
+    world = len(found)
     return " | ".join(
-        brought if len(ranks) == everyone else f"{brought} [on {_name(ranks)}]" for brought, ranks in ranks_of.items()
+        said if len(ranks) == world else f"{said} [on {_name(ranks)}]" for said, ranks in ranks_of.items()
     )
+
+
+_SHARED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar(
+    "failures known to all ranks", default=None
+)
+"""Failures that all ranks know of, since the outermost open :func:`failing_together` began; None outside of all."""
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise an exception of the body on every rank of the world, at the body's end; a collective call.
+
+    For work of rank 0 alone: a caller that catches its failure would continue there, and the other ranks would wait
+    for rank 0 in their next collective. Ranks without a failure raise the same exception if it can be pickled. The
+    body may contain collectives only where no rank can fail alone before them, or where ranks fail together too.
+
+    Raises:
+        TensorParallelError: instead of an exception that cannot be pickled, on every rank that has none of its own.
+    """
+    failure: Any = None
+    outer = _SHARED.get()
+    known_failures: list[Exception] = [] if outer is None else outer
+    token = _SHARED.set(known_failures)
+    try:
+        yield
+    except Exception as raised:
+        failure = raised
+    finally:
+        _SHARED.reset(token)
+    known = any(failure is one for one in known_failures)  # by a region inside this one
+    if known or not dist.is_available() or not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return
+    mine = None if failure is None else (dist.get_rank(), sentence_of(failure), _pickled(failure))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    failed = [one for one in found if one is not None]
+    if not failed:
+        return
+    rank, sentence, data = failed[0]
+    shared: Any = failure
+    if data is None and len(failed) < len(found):
+        shared = TensorParallelError(f"{sentence} [on rank {rank}]")
+    elif shared is None:
+        shared = pickle.loads(data)
+        shared.add_note(f"raised on rank {rank}")
+    known_failures.append(shared)
+    if shared is failure:
+        raise shared
+    raise shared from failure
+
+
+def _pickled(failure: Exception) -> bytes | None:
+    """The exception as bytes; None if unpickling does not give an equal one."""
+    try:
+        data = pickle.dumps(failure)
+        made = pickle.loads(data)
+    except Exception:  # exceptions with arguments of their own often cannot be pickled
+        return None
+    return data if type(made) is type(failure) and str(made) == str(failure) else None
 
 
 def meet(what: str, patience: float = 60.0, group: dist.ProcessGroup | None = None) -> None:
     """Wait until every rank is in ``what``; a collective call over ``group``, None for the world.
 
-    A rank that waits longer than ``patience`` seconds says on stderr what it waits for: a call that is made on one
-    rank only would otherwise be silence until the process group's timeout.
+    A rank that waits longer than ``patience`` seconds logs the name of the call. Without it, a call on one rank only
+    would give no output until the process group's timeout.
     """
     if not dist.is_available() or not dist.is_initialized():
         return
@@ -80,11 +147,10 @@ def meet(what: str, patience: float = 60.0, group: dist.ProcessGroup | None = No
         time.sleep(0.001)
         if not said and time.monotonic() - since > patience:
             said = True
-            print(
-                f"tp_plugin: rank {dist.get_rank()} waits in {what} for other ranks; it is collective, call it on "
-                "every rank and not under a test for the main process.",
-                file=sys.stderr,
-                flush=True,
+            log.warning(
+                f"rank {dist.get_rank()} waits in {what} for other ranks; it is collective. Call it on every rank, "
+                "not under a test for the main process, nor after a failure that one rank has caught.",
+                rank0_only=False,
             )
     work.wait()
 

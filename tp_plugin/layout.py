@@ -1,7 +1,7 @@
-"""ShardLayout: how one full tensor lies on the ranks of a tensor-parallel group.
+"""ShardLayout: the part of one full tensor that each rank of a tensor-parallel group has.
 
-The ground truth that layers, loading, saving and the gradient norm ask; nobody else does index arithmetic.
-A layout is pure data: it needs no process group and no tensor, so it can be tested by the thousand.
+Layers, loading, saving and the gradient norm ask it; index arithmetic is done here only. A layout is pure data,
+without process groups and tensors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Interval = tuple[int, int]  # half-open [start, stop) along the sharded dimensio
 
 @dataclasses.dataclass(frozen=True)
 class ShardLayout:
-    """Which index intervals of one dimension each rank holds, in the order it holds them.
+    """Index intervals of one dimension that each rank holds, in the rank's order.
 
     Every way to shard in use is such a table: even and uneven splits, packed sub-tensors (``[q|k|v]``,
     ``[gate|up]``), per-head interleaving, and heads that several ranks hold as replicas.
 
     Attributes:
         shape: shape of the full tensor.
-        dim: the sharded dimension (non-negative), or None when every rank holds the whole tensor.
-        parts: per rank, the intervals it holds; ``()`` for every rank when ``dim`` is None.
+        dim: the sharded dimension (non-negative), or None when every rank holds the full tensor.
+        parts: the intervals of each rank; ``()`` for every rank when ``dim`` is None.
     """
 
     shape: tuple[int, ...]
@@ -43,19 +43,15 @@ class ShardLayout:
         for intervals in self.parts:
             own = sorted(intervals)
             if any(not 0 <= start < stop <= self.shape[self.dim] for start, stop in own):
-                raise ValueError(f"an interval of {own} is empty or lies outside [0, {self.shape[self.dim]})")
+                raise ValueError(f"an interval of {own} is empty or outside of [0, {self.shape[self.dim]})")
             if any(a[1] > b[0] for a, b in itertools.pairwise(own)):
                 raise ValueError(f"a rank holds an index twice: {own}")
             ends += own
-        reach = 0
-        for start, stop in sorted(ends):
-            if start > reach:
-                break
-            reach = max(reach, stop)
+        reach = next((stop for start, stop in _union(ends) if start == 0), 0)
         if reach != self.shape[self.dim]:
             raise ValueError(f"index {reach} of dimension {self.dim} is held by no rank")
 
-    # ---- ways to lay a tensor ------------------------------------------------------------------------------------
+    # ---- constructors ---------------------------------------------------------------------------------------------
 
     @classmethod
     def replicated(cls, shape: Sequence[int], ranks: int) -> ShardLayout:
@@ -64,7 +60,7 @@ class ShardLayout:
 
     @classmethod
     def even(cls, shape: Sequence[int], dim: int, ranks: int, *, unit: int = 1) -> ShardLayout:
-        """As even as can be: in multiples of ``unit`` (a head's size, say), the first ranks holding one more.
+        """Parts of nearly equal size, in multiples of ``unit`` (such as a head's size); the first ranks hold one more.
 
         A rank holds nothing when there are fewer units than ranks.
         """
@@ -83,7 +79,7 @@ class ShardLayout:
 
     @classmethod
     def packed(cls, shape: Sequence[int], dim: int, blocks: Sequence[ShardLayout]) -> ShardLayout:
-        """Sub-tensors one behind the other along ``dim``, each laid by its own layout: ``[q|k|v]``, ``[gate|up]``.
+        """Sub-tensors one behind the other along ``dim``, each with its own layout: ``[q|k|v]``, ``[gate|up]``.
 
         The sizes of the blocks along ``dim`` must add up to the full size; a block's other dimensions are ignored (a
         replicated block is measured along ``dim``).
@@ -112,28 +108,33 @@ class ShardLayout:
         return cls(tuple(shape), dim, parts)
 
     def along(self, dim: int, shape: Sequence[int]) -> ShardLayout:
-        """The same pieces for another tensor (a bias, a row-parallel weight) that is cut alike along ``dim``."""
+        """The same intervals along ``dim`` of another tensor (a bias, a row-parallel weight)."""
         if self.dim is None:
             return ShardLayout.replicated(shape, self.ranks)
         if shape[dim] != self.shape[self.dim]:
-            raise ValueError(f"dimension {dim} of {tuple(shape)} is not the {self.shape[self.dim]} this layout cuts")
+            raise ValueError(f"dimension {dim} of {tuple(shape)} is not the {self.shape[self.dim]} this layout shards")
         return ShardLayout(tuple(shape), dim, self.parts)
 
-    # ---- what it answers -----------------------------------------------------------------------------------------
+    # ---- queries -------------------------------------------------------------------------------------------------
 
     @property
     def ranks(self) -> int:
-        """How many ranks the tensor lies on."""
+        """Number of ranks."""
         return len(self.parts)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether any rank holds less than the whole tensor."""
+        """True if any rank holds less than the full tensor."""
         return self.dim is not None and any(self.local_size(rank) != self.shape[self.dim] for rank in range(self.ranks))
 
     def local_size(self, rank: int) -> int:
         """Indices of the sharded dimension that ``rank`` holds (0 when there is none)."""
         return sum(stop - start for start, stop in self.parts[rank])
+
+    @property
+    def local_sizes(self) -> list[int]:
+        """:meth:`local_size` of every rank."""
+        return [self.local_size(rank) for rank in range(self.ranks)]
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
         """Shape of the shard of ``rank``."""
@@ -149,7 +150,7 @@ class ShardLayout:
         return [(*whole[: self.dim], slice(start, stop), *whole[self.dim + 1 :]) for start, stop in self.parts[rank]]
 
     def rows(self, start: int, stop: int) -> ShardLayout:
-        """How ``full[start:stop]``, a run of the first dimension, lies on the ranks."""
+        """Layout of ``full[start:stop]``, a run of the first dimension."""
         if not 0 <= start < stop <= self.shape[0]:
             raise ValueError(f"rows {start} to {stop} are empty or lie outside of shape {self.shape}")
         shape = (stop - start, *self.shape[1:])
@@ -162,13 +163,8 @@ class ShardLayout:
         """Rows of the shard of ``rank`` that, one behind the other, are its shard of ``full[start:stop]``."""
         if self.dim != 0:
             return [(start, stop)]
-        found, local = [], 0
-        for a, b in self.parts[rank]:
-            first, last = max(a, start), min(b, stop)
-            if first < last:
-                found.append((local + first - a, local + last - a))
-            local += b - a
-        return found
+        pieces = self._pieces(rank, lambda a, b: _intersect((a, b), [(start, stop)]))
+        return [(local, local + last - first) for first, last, local in pieces]
 
     def shard(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         """The shard of ``rank``, a contiguous copy (replicated: the tensor itself)."""
@@ -177,12 +173,10 @@ class ShardLayout:
         if self.dim is None:
             return full
         pieces = [full.narrow(self.dim, start, stop - start) for start, stop in self.parts[rank]]
-        if not pieces:
-            return full.new_empty(self.local_shape(rank))
-        return torch.cat(pieces, self.dim).contiguous()
+        return torch.cat(pieces, self.dim).contiguous() if pieces else full.new_empty(self.local_shape(rank))
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The full tensor of all ranks' shards; where ranks hold replicas, the owner's copy is taken."""
+        """The full tensor of all ranks' shards; of replicas, the owner's counts."""
         if len(shards) != self.ranks:
             raise ValueError(f"expected {self.ranks} shards, got {len(shards)}")
         if self.dim is None:
@@ -196,11 +190,11 @@ class ShardLayout:
         return full
 
     def taken_from(self, rank: int, source: ShardLayout) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-        """How the shard of ``rank`` is put together from the shards of another layout of the same tensor.
+        """Pieces of the shards of another layout of the same tensor that make up the shard of ``rank``.
 
         Returns:
             (rank of ``source``, index expression of its shard, index expression of this shard), each element of the
-            shard once, and each taken from the rank of ``source`` that owns it.
+            shard once, from the rank of ``source`` that owns it.
         """
         if source.shape != self.shape:
             raise ValueError(f"a tensor of shape {source.shape} is not one of shape {self.shape}")
@@ -221,45 +215,33 @@ class ShardLayout:
         return [[*whole[: self.dim], piece, *whole[self.dim + 1 :]] for piece in pieces]
 
     def owned(self, rank: int) -> list[tuple[int, int, int]]:
-        """What ``rank`` holds and no lower rank does, as (start, stop, start in the shard).
+        """Intervals that ``rank`` holds and no lower rank does, as (start, stop, start in the shard).
 
         Each index has exactly one owner, so that the gradient norm and an export count it once.
         """
-        taken = sorted(itertools.chain.from_iterable(self.parts[:rank]))
+        taken = list(itertools.chain.from_iterable(self.parts[:rank]))
         return self._pieces(rank, lambda start, stop: _subtract((start, stop), taken))
 
     def shared(self, rank: int) -> list[tuple[int, int, int]]:
-        """What ``rank`` holds and another rank holds too, as (start, stop, start in the shard).
+        """Intervals that ``rank`` and another rank hold, as (start, stop, start in the shard).
 
         The gradient of these replicas is partial on each rank and has to be summed.
         """
-        others = sorted(itertools.chain.from_iterable(p for r, p in enumerate(self.parts) if r != rank))
+        others = list(itertools.chain.from_iterable(p for r, p in enumerate(self.parts) if r != rank))
         return self._pieces(rank, lambda start, stop: _intersect((start, stop), others))
 
     def shared_intervals(self) -> list[Interval]:
         """Every index that more than one rank holds, as merged intervals; the same on all ranks."""
-        if self.dim is None:
-            return []
-        found = [(start, stop) for rank in range(self.ranks) for start, stop, _ in self.shared(rank)]
-        merged: list[Interval] = []
-        for start, stop in sorted(found):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return merged
+        return _union([(start, stop) for rank in range(self.ranks) for start, stop, _ in self.shared(rank)])
 
     def owns_all(self, rank: int) -> bool:
-        """Whether all that ``rank`` holds is its own to count."""
-        if self.dim is None:
-            return rank == 0
-        return sum(stop - start for start, stop, _ in self.owned(rank)) == self.local_size(rank)
+        """True if ``rank`` owns every index that it holds."""
+        owned = sum(stop - start for start, stop, _ in self.owned(rank))
+        return rank == 0 if self.dim is None else owned == self.local_size(rank)
 
     def owns_none(self, rank: int) -> bool:
-        """Whether everything ``rank`` holds is a replica that a lower rank counts."""
-        if self.dim is None:
-            return rank != 0
-        return not self.owned(rank)
+        """True if every index that ``rank`` holds is a replica of a lower rank's."""
+        return rank != 0 if self.dim is None else not self.owned(rank)
 
     def _pieces(self, rank: int, split) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
         found, local = [], 0
@@ -287,8 +269,19 @@ def _merge(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     return tuple(out)
 
 
+def _union(intervals: Sequence[Interval]) -> list[Interval]:
+    """The indices of all intervals, sorted and as few intervals as possible."""
+    out: list[Interval] = []
+    for start, stop in sorted(intervals):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        else:
+            out.append((start, stop))
+    return out
+
+
 def _within(intervals: Sequence[Interval], block: Sequence[tuple[int, int, int]]) -> tuple[slice, ...]:
-    """Index expression, in the shard that ``block`` lies in, of intervals of the full tensor inside the block."""
+    """Index expression, in the shard that contains ``block``, of intervals of the full tensor inside the block."""
     return tuple(
         slice(start - first + local, stop - first + local)
         for (start, stop), (first, _, local) in zip(intervals, block, strict=True)
@@ -296,19 +289,10 @@ def _within(intervals: Sequence[Interval], block: Sequence[tuple[int, int, int]]
 
 
 def _subtract(interval: Interval, taken: Sequence[Interval]) -> list[Interval]:
-    start, stop = interval
-    out = []
-    for a, b in taken:
-        if b <= start or a >= stop:
-            continue
-        if a > start:
-            out.append((start, a))
-        start = max(start, b)
-    if start < stop:
-        out.append((start, stop))
-    return out
+    bounds = [interval[0], *itertools.chain.from_iterable(_intersect(interval, taken)), interval[1]]
+    return [(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True) if start < stop]
 
 
 def _intersect(interval: Interval, others: Sequence[Interval]) -> list[Interval]:
-    remaining = _subtract(interval, others)
-    return _subtract(interval, remaining)
+    both = [(max(start, interval[0]), min(stop, interval[1])) for start, stop in _union(others)]
+    return [(start, stop) for start, stop in both if start < stop]

@@ -12,21 +12,21 @@ import torch.distributed as dist
 
 from tp_plugin.errors import TensorParallelError
 
-# one set of groups a tp size, with the world they are of: groups are never freed, so never made twice
+# tp size -> the world and the mesh of its groups: groups are never freed, so each is made once
 _MESHES: dict[int, tuple[object, ParallelMesh]] = {}
+_LAST_PAUSE_S = 0.1  # threads need microseconds, once a loaded machine runs them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParallelMesh:
     """This rank's place in the ``dp x tp`` grid. TP ranks are neighbours in rank order: rank = dp_rank * tp + tp_rank.
 
-    Also the ``mpu`` face that ``deepspeed.initialize(mpu=...)`` asks for. It deliberately has no
-    ``initialize_sequence_parallel``, ``get_slice_parallel_*`` or ``get_sequence_*``: their mere presence changes
-    DeepSpeed's code paths.
+    Also the object that ``deepspeed.initialize(mpu=...)`` takes. It has no ``initialize_sequence_parallel``,
+    ``get_slice_parallel_*`` or ``get_sequence_*``: DeepSpeed takes other code paths where these exist.
 
     Attributes:
-        tp_group: process group of the ranks that hold one replica together; None when tp is 1.
-        dp_group: process group of the ranks that hold the same shard; None when there is one process.
+        tp_group: process group of the ranks that share one replica of the model; None when tp is 1.
+        dp_group: process group of the ranks that have the same shard; None when there is one process.
     """
 
     tp_group: dist.ProcessGroup | None
@@ -38,14 +38,14 @@ class ParallelMesh:
 
     @classmethod
     def single(cls) -> ParallelMesh:
-        """One process, nothing parallel."""
+        """The mesh of one process."""
         return cls(None, None)
 
     @classmethod
     def create(cls, tp_size: int) -> ParallelMesh:
-        """Groups for ``tp_size``, made once in a process; a collective call over the whole world.
+        """Make groups for ``tp_size``, once in a process; a collective call over the world.
 
-        A process that has chosen no GPU gets its own first, see :func:`take_device`.
+        A process that has not chosen a GPU gets its own first, see :func:`take_device`.
 
         Raises:
             TensorParallelError: no process group, or the world size is not a multiple of ``tp_size``.
@@ -54,20 +54,31 @@ class ParallelMesh:
             return cls.single()
         check_world(tp_size)
         take_device()
-        made_in, mesh = _MESHES.get(tp_size, (None, None))
-        if mesh is None or made_in is not dist.group.WORLD:
+        mesh = cls.noted(tp_size)
+        if mesh is None:
             world = dist.get_world_size()
-            tp_group, _ = dist.new_subgroups_by_enumeration(
-                [list(range(start, start + tp_size)) for start in range(0, world, tp_size)]
-            )
-            dp_group, _ = dist.new_subgroups_by_enumeration([list(range(k, world, tp_size)) for k in range(tp_size)])
-            mesh = cls.of_groups(tp_group, dp_group)
-            _MESHES[tp_size] = dist.group.WORLD, mesh
+            if tp_size == 1:  # groups of one rank are not needed
+                mesh = cls(None, dist.group.WORLD, dp_rank=dist.get_rank(), dp_size=world)
+            else:
+                tp_group = _group_among([list(range(start, start + tp_size)) for start in range(0, world, tp_size)])
+                dp_group = _group_among([list(range(k, world, tp_size)) for k in range(tp_size)])
+                mesh = cls.of_groups(tp_group, dp_group)
+            mesh.note()
         return mesh
+
+    def note(self) -> None:
+        """Let :meth:`create` return this mesh for its ``tp_size``."""
+        _MESHES[self.tp_size] = dist.group.WORLD, self
+
+    @staticmethod
+    def noted(tp_size: int) -> ParallelMesh | None:
+        """The mesh that :meth:`create` would return without making groups."""
+        made_in, mesh = _MESHES.get(tp_size, (None, None))
+        return mesh if made_in is dist.group.WORLD else None
 
     @classmethod
     def of_groups(cls, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> ParallelMesh:
-        """The mesh of groups somebody else made (DeepSpeed's, a DeviceMesh's)."""
+        """The mesh of existing groups (DeepSpeed's, a DeviceMesh's)."""
         return cls(
             tp_group if dist.get_world_size(tp_group) > 1 else None,
             dp_group,
@@ -81,7 +92,7 @@ class ParallelMesh:
         raise TensorParallelError("a sharded model cannot be copied, its process groups are one; copy before sharding.")
 
     def hosts_spanned(self) -> int:
-        """How many hosts this rank's TP group lies on, by host name; a collective call over the TP group."""
+        """Number of hosts of this rank's TP group, by host name; a collective call over the TP group."""
         if self.tp_group is None:
             return 1
         import socket
@@ -90,7 +101,7 @@ class ParallelMesh:
         dist.all_gather_object(names, socket.gethostname(), group=self.tp_group)
         return len(set(names))
 
-    # ---- the mpu face --------------------------------------------------------------------------------------------
+    # ---- DeepSpeed's mpu -----------------------------------------------------------------------------------------
 
     def get_model_parallel_rank(self) -> int:
         return self.tp_rank
@@ -124,35 +135,67 @@ class ParallelMesh:
 
 
 def take_device() -> None:
-    """Make this process's own GPU the current one, as DeepSpeed's engine and accelerate do when they come.
+    """Make this process's own GPU the current one, as DeepSpeed's engine and accelerate do later.
 
-    Whoever shards or loads a model before them would otherwise have every rank of a host send from its GPU 0, where
-    NCCL finds one GPU twice, or another one than the process group is bound to. A GPU that was chosen is left: any
-    but the first.
+    A model that is sharded or loaded before would otherwise be sent from GPU 0 by every rank of a host: NCCL refuses
+    one GPU for two ranks. Any current GPU but the first was chosen by the script, and is left.
     """
-    if not torch.cuda.is_available() or "nccl" not in dist.get_backend() or torch.cuda.current_device() != 0:
+    on_host = not torch.cuda.is_available() or _backends(dist.group.WORLD).get("cuda", "gloo") == "gloo"
+    if on_host or torch.cuda.current_device() != 0:
         return
     bound = bound_device()
     own = bound.index if bound is not None else int(os.environ.get("LOCAL_RANK", "0"))
-    if own and own < torch.cuda.device_count():  # a launcher may show each process one GPU only, its first
+    if own and own < torch.cuda.device_count():  # some launchers show each process its own GPU only, as the first
         torch.cuda.set_device(own)
 
 
+def comm_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Device from which tensors are sent over ``group``: the accelerator, if the group has a backend for it.
+
+    Gloo sends from the host. None is one rank, which sends nothing.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if group is None or accelerator is None or _backends(group).get(accelerator.type, "gloo") == "gloo":
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Type of device -> the backend of ``group`` for it; a group may have several."""
+    pairs = dist.get_backend_config(group).split(",")
+    return {device: backend for device, _, backend in (pair.partition(":") for pair in pairs)}
+
+
+def _group_among(groups: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's group of ``groups``, a partition of the world; a collective call over the world.
+
+    Where the world is bound to devices, NCCL splits its communicator once for all groups; ``new_group`` would split it
+    once a group.
+    """
+    if bound_device() is not None:
+        try:
+            split = dist.split_group(split_ranks=groups)
+        except RuntimeError:  # the backend cannot, on any rank
+            split = None
+        if split is not None:
+            return split
+    return dist.new_subgroups_by_enumeration(groups)[0]
+
+
 def bound_device() -> torch.device | None:
-    """The device that the world's process group was bound to when it was made, if any."""
+    """The device that the world's process group is bound to, if any."""
     return getattr(dist.group.WORLD, "bound_device_id", None)
 
 
-@atexit.register  # when this is imported, so that it comes after what scripts register
+@atexit.register  # on import, so it runs after the functions that scripts register
 def _let_threads_finish() -> None:
-    """Let threads of gloo's that wait for the interpreter have it before it is torn down, where they abort the process.
+    """Give gloo's threads the interpreter once more before it is torn down, where they would abort the process.
 
-    They drop the tensors of the last collectives, for which they need it ("terminate called without an active
-    exception", exit code -6, and the launcher ends the other ranks, which may be saving still). PyTorch has every
-    script call ``destroy_process_group``, which does no more here; few do.
+    They need it to drop the tensors of the last collectives. Otherwise the process ends with "terminate called without
+    an active exception" and exit code -6, and the launcher ends ranks that may still be saving. After
+    ``destroy_process_group`` the threads still run while a mesh or a :class:`VocabShard` refers to their group.
     """
-    if dist.is_initialized():
-        time.sleep(0.01)
+    time.sleep(_LAST_PAUSE_S)
 
 
 def check_world(tp_size: int) -> None:

@@ -8,10 +8,11 @@ import json
 import os
 
 import numpy as np
-import tiny
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from tests.support import tiny
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--variants", required=True)

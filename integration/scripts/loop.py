@@ -7,12 +7,13 @@ import argparse
 import json
 import os
 
-import tiny
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, gather_object, reduce, set_seed
 from transformers import AutoModelForCausalLM
+
+from tests.support import tiny
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out")

@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 
-import tiny
 import torch
-from launching import deepspeed_config
 from transformers import Trainer, TrainingArguments
+
+from tests.support import tiny
+from tests.support.launching import deepspeed_config
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", required=True)

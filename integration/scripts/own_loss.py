@@ -5,11 +5,12 @@ own_loss.py --out folder
 
 import argparse
 
-import tiny
 import torch
-from launching import deepspeed_config
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+
+from tests.support import tiny
+from tests.support.launching import deepspeed_config
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", required=True)

@@ -6,10 +6,11 @@ resume_loop.py save|load OUT ROWS: ROWS samples a rank that reads others; writes
 import argparse
 import json
 
-import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+
+from tests.support import tiny
 
 parser = argparse.ArgumentParser()
 parser.add_argument("what", choices=("save", "load"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.loss.problems import problem
+from tests.support.loss_problems import problem
 from tp_plugin.loss import linear_cross_entropy, reference_cross_entropy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

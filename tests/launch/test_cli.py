@@ -7,10 +7,10 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from tests.verify.custom import HomeConfig, HomeModel
+from tests.support.custom_models import HomeConfig, HomeModel
 from tp_plugin.launch.cli import EXIT, main
 from tp_plugin.layers.region import Region
-from tp_plugin.verify import subject
+from tp_plugin.model_check import resolve_model
 
 
 def test_plan_prints_the_plan(capsys):
@@ -36,11 +36,12 @@ def test_check_takes_a_class_a_type_or_a_directory(name, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "EQUAL" in out
     assert "gradient relative error" in out
+    assert "compared: loss, logits, gradient of the model's own loss" in out
     assert "the fullest rank holds 5" in out
 
 
 def test_check_fails_where_sharding_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(Region, "admit", lambda self, column: None)
+    monkeypatch.setattr(Region, "attach_input", lambda self, column: None)
     assert main(["check", "llama", "--tp", "2"]) == EXIT["differs"]
     assert "DIFFERS: sharded and unsharded differ (gradient" in capsys.readouterr().out
 
@@ -56,7 +57,9 @@ def test_check_refuses_what_cannot_be_sharded(capsys, tmp_path):
 def test_check_says_which_rules_would_do(capsys, monkeypatch):
     """A model whose attention mixes its heads: inference takes it for a plain one, and the trial does not."""
     monkeypatch.setattr(
-        subject, "subject_of", lambda *_, **__: subject.Subject(HomeModel, HomeConfig(mixing=True), "x")
+        resolve_model,
+        "resolve_model",
+        lambda *_, **__: resolve_model.ResolvedModel(HomeModel, HomeConfig(mixing=True), "x"),
     )
     assert main(["check", "x", "--tp", "2"]) == EXIT["differs"]
     out = capsys.readouterr().out
@@ -75,3 +78,46 @@ def test_a_command_line_that_makes_no_sense(arguments, capsys):
         main(arguments)
     assert end.value.code == 2
     assert "usage: tp-plugin" in capsys.readouterr().err
+
+
+def test_the_version_and_the_help_of_every_command(capsys):
+    for arguments, text in (
+        (["--version"], "tp-plugin "),
+        (["--help"], "check every architecture of the installed transformers"),
+        *(([name, "--help"], "usage: tp-plugin") for name in ("plan", "check", "coverage", "inspect", "export")),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_rules_are_printed_edited_and_tried(capsys, tmp_path):
+    assert main(["plan", "gpt2", "--as-rules"]) == 0
+    config = json.loads(capsys.readouterr().out) | {"tensor_parallel": {"autotp_size": 2}}
+    config["tp_plugin"]["plan"]["transformer.h.*.mlp.*"] = "replicated"
+    for name in ("c_fc", "c_proj"):
+        del config["tp_plugin"]["plan"][f"transformer.h.*.mlp.{name}"]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert main(["check", "gpt2", "--deepspeed-config", str(tmp_path / "ds.json")]) == EXIT["equal"]
+    out = capsys.readouterr().out
+    assert "transformer.h.*.attn.c_attn  column           x12   (yours)" in out
+    assert "transformer.h.*.mlp.c_fc.weight" in out.split("replicated on every rank")[1]
+
+
+def test_options_of_the_config_count(capsys, tmp_path):
+    """Heads that fit no two ranks are refused without ``uneven_heads``; the command line's degree goes first."""
+    AutoConfig.for_model("llama", num_attention_heads=3, num_key_value_heads=1, hidden_size=48).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"tensor_parallel": {"autotp_size": 3}, "tp_plugin": {"uneven_heads": True}})
+    )
+    assert main(["plan", str(tmp_path), "--tp", "2"]) == EXIT["refused"]
+    assert main(["plan", str(tmp_path), "--tp", "2", "--deepspeed-config", str(tmp_path / "ds.json")]) == 0
+    assert "tensor parallel over 2 ranks" in capsys.readouterr().out
+
+
+def test_what_cannot_be_imported_is_told(capsys):
+    assert main(["plan", "llama", "--tp", "2", "--import", "no_such_rules.py"]) == EXIT["refused"]
+    assert "cannot import 'no_such_rules.py'" in capsys.readouterr().err

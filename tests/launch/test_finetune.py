@@ -19,14 +19,14 @@ import transformers
 import yaml
 
 import tp_plugin
+from tests.support.examples import LLAMA
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.launch.build import build_model, build_tokenizer
-from tp_plugin.launch.check import visit_plainly
 from tp_plugin.launch.data import blocks, documents
+from tp_plugin.launch.export_check import visit_plainly
 from tp_plugin.launch.finetune import _join, _size, finetune, main
-from tp_plugin.launch.load import load_model
+from tp_plugin.launch.model import build_model, build_tokenizer, load_model
 from tp_plugin.launch.recipe import DataRecipe, ModelRecipe, TrainingRecipe, load_recipe
 
 MINIMAL = {"output_dir": "out", "model": {"path": "m"}, "data": {"text_files": "*.txt"}}
@@ -271,15 +271,6 @@ def test_json_lines_and_datasets_give_their_text_field(tmp_path):
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def test_built_model_is_reproducible_and_fits_the_tokenizer(tokenizer, tmp_path):

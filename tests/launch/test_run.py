@@ -1,15 +1,17 @@
 """python -m tp_plugin.run: the user's script runs as if we were not there, but registered."""
 
 import json
-import os
-import subprocess
+import random
 import sys
 
+import numpy
 import pytest
+import torch
 
 import tp_plugin
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.launch import run
+from tp_plugin.layers.generators import same_draws, seed_all
 
 REPORT = """
 import json, os, sys
@@ -56,7 +58,7 @@ def test_a_script_sees_its_own_arguments_name_and_neighbours(folder):
     }
 
 
-def test_a_module_too(folder):
+def test_a_module_is_run_like_a_script(folder):
     run.main(["-m", "package.train", "--lr", "1e-3"])
     assert report(folder) == {
         "name": "__main__",
@@ -115,27 +117,41 @@ def test_errors_of_the_script_are_its_own(folder):
         run.main(["scripts/train.py"])
 
 
-def test_no_rank_is_aborted_while_gloo_still_holds_a_tensor(tmp_path):
-    """A thread of gloo's waits for the interpreter from the collective's end until the script's."""
-    (tmp_path / "script.py").write_text(
-        "import sys, time, torch, torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\n"
-        "group = dist.new_group([0, 1])\n"
-        "dist.all_reduce(torch.zeros(1), group=group)\n"
-        "sys.setswitchinterval(1000)\n"
-        "time.sleep(dist.get_rank() * 0.5)\n"
-        "sent = torch.zeros(1)\n"
-        "dist.all_reduce(sent, group=group, async_op=True)\n"
-        "until = time.monotonic() + 2\n"
-        "while time.monotonic() < until: pass\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, "-m", "tp_plugin.run", "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def drawn_at_start(monkeypatch, rank: int, arguments: list[str], world: int = 4) -> tuple[list, list, float]:
+    """What a rank that nobody seeded draws at the start of its script: from NumPy, from Python, from torch."""
+    for name, value in {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    with same_draws(torch.device("cpu")):
+        seed_all(1000 + rank)
+        run.start_alike(arguments)
+        return numpy.random.permutation(8).tolist(), random.sample(range(8), 8), torch.rand(()).item()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_ranks_that_nobody_seeded_draw_alike_where_they_must(monkeypatch, tmp_path, known):
+    """A data set is shuffled alike on all; replicas draw masks of their own."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2}}))
+    arguments = ["--deepspeed", str(config)] if known else ["--lr", "1e-3"]
+    found = [drawn_at_start(monkeypatch, rank, arguments) for rank in range(4)]
+    assert all(one[:2] == found[0][:2] for one in found)
+    masks = [torch for *_, torch in found]
+    assert (masks[0] == masks[1], masks[2] == masks[3]) == (known, known)
+    assert masks[1] != masks[2]
+
+
+@pytest.mark.parametrize(("world", "degree"), [(4, 1), (1, 2)])
+def test_jobs_without_groups_draw_as_ever(monkeypatch, tmp_path, world, degree):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"tensor_parallel": {"autotp_size": degree}}))
+    with same_draws(torch.device("cpu")):
+        seed_all(1003)
+        expected = numpy.random.permutation(8).tolist(), random.sample(range(8), 8), torch.rand(()).item()
+    assert drawn_at_start(monkeypatch, 3, [f"--deepspeed_config={config}"], world) == expected
+
+
+def test_a_script_starts_with_the_ranks_alike(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "start_alike", lambda arguments: seen.append(list(arguments)))
+    run.main(["scripts/train.py", "--deepspeed", "ds.json"])
+    assert seen == [["--deepspeed", "ds.json"]]

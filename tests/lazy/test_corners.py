@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.lazy.heads import B, Case, H, T, V
+from tests.support.heads import B, Case, H, T, V
 from tests.support.ranks import on_ranks
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.lazy import lazy_logits
@@ -91,7 +91,7 @@ def test_a_wider_row_is_added_in_its_own_precision():
     torch.testing.assert_close(lazy.sum(-1), (F.linear(hidden, weight).float() + row).sum(-1))
 
 
-def test_no_rows_at_all():
+def test_empty_selections_give_what_plain_logits_give():
     case = Case()
     nothing = torch.zeros(B, T, dtype=torch.bool)
     x, plain = case.lazy[nothing], case.plain[nothing]

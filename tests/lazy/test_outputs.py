@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.lazy.heads import Case
+from tests.support.heads import Case
 from tests.support.ranks import on_ranks
 from tp_plugin.lazy import VocabParallelLogits, materialise_outputs
 from tp_plugin.loss import VocabShard

@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.lazy.heads import B, Case, T, V
-from tests.lazy.test_table import ce
+from tests.support.heads import B, Case, T, V, ce
 from tests.support.ranks import on_ranks
 from tp_plugin.collectives import counted
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.lazy import FactoredGrad, VocabParallelLogits, lazy_logits, stamp
+from tp_plugin.lazy import STEPS, FactoredGrad, VocabParallelLogits, lazy_logits
 from tp_plugin.loss import VocabShard
 
 
@@ -72,6 +71,7 @@ def on_a_copy(x, y):
 
 IN_PLACE = [
     masked_fill,
+    out_argument,
     set_item,
     divide,
     inplace_flag,
@@ -194,7 +194,7 @@ def test_logits_used_after_the_step_raise():
     assert sliced.dtype == torch.float32
     fresh = lazy_logits(*case.own, case.vocab)
     fresh.sum()
-    stamp.bump()
+    STEPS.increase()
     with pytest.raises(TensorParallelError, match="optimizer has stepped"):
         fresh.sum()
 
@@ -202,7 +202,7 @@ def test_logits_used_after_the_step_raise():
 def test_logits_computed_before_the_step_stay():
     case = Case()
     case.lazy.add_(1)
-    stamp.bump()
+    STEPS.increase()
     torch.testing.assert_close(case.lazy.materialize(), case.plain + 1)
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.live_bytes import LiveBytes
-from tests.loss.problems import problem
+from tests.support.loss_problems import problem
 from tests.support.ranks import on_ranks
 from tp_plugin.collectives import counted
 from tp_plugin.loss import VocabShard, linear_cross_entropy

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.loss.problems import V, problem
+from tests.support.loss_problems import V, problem
 from tests.support.ranks import ROOT
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.loss import linear_cross_entropy
@@ -38,6 +38,13 @@ def test_kernels_equal_the_truth():
 
 def test_kernels_on_uneven_and_empty_shards():
     assert run_interpreted("group", ranks=3).count("equal") == 3
+
+
+def test_a_rank_whose_kernels_do_not_compile_takes_the_others_along():
+    """Each rank would else wait for the other in a chunk of another size, or for the one that raised."""
+    said = run_interpreted("broken", ranks=2)
+    reason = "they do not compile or run (RuntimeError: Failed to find C compiler) [on rank 1]"
+    assert said.count(f"impl='triton' cannot run here: {reason}; use impl='chunked' or 'auto'.") == 2
 
 
 def compiled(kernel, dtype, capability, flags):

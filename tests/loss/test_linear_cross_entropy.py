@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.loss.problems import N, V, difference, problem
+from tests.support.loss_problems import N, V, difference, problem
 from tests.support.ranks import on_ranks
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.loss import VocabShard, cross_entropy, linear_cross_entropy, reference_cross_entropy
@@ -21,7 +21,7 @@ CASES = st.fixed_dictionaries(
         "reduction": st.sampled_from(["mean", "sum", "none"]),
         "label_smoothing": st.sampled_from([0.0, 0.3, 1.0]),
         "z_loss": st.sampled_from([0.0, 0.01, -0.1]),
-        "softcap": st.sampled_from([None, 0.5, 30.0]),
+        "softcap": st.sampled_from([None, 0.5, 30.0, 0.0]),
         "scale": st.sampled_from([1.0, 0.1, -2.0]),
         "ignore_index": st.sampled_from([-100, 0, 3]),
         "num_items": st.sampled_from([None, 5, 0.5]),
@@ -29,7 +29,8 @@ CASES = st.fixed_dictionaries(
         "recompute": st.booleans(),
         "with_bias": st.booleans(),
         "weights": st.sampled_from([None, "fixed", "learned"]),
-        "labels": st.sampled_from(["some", "some", "all ignored", "first rank"]),
+        "labels": st.sampled_from(["some", "some", "all ignored", "first rank", "whole", "shard"]),
+        "classes": st.booleans(),
         "frozen": st.sampled_from(["", "", "hidden", "weight"]),
         "through": st.sampled_from(["loss", "both", "stats"]),
     }
@@ -174,14 +175,14 @@ def test_half_precision_errs_no_more_than_plain_pytorch(ranks):
         ({"num_items": 3, "reduction": "none"}, "num_items divides a sum"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "not the leading dimensions"),
         ({"labels": torch.zeros(N)}, "int64 labels"),
-        ({"labels": torch.full((N,), V)}, "label 23 lies outside the vocabulary"),
+        ({"labels": torch.full((N,), V)}, "label 23 is outside the vocabulary"),
         ({"token_weights": torch.ones(N, 1)}, "token_weights"),
         ({"token_weights": torch.ones(N, dtype=torch.int64)}, "token_weights"),
         ({"weight": torch.zeros(V, 7, dtype=torch.float64)}, "do not fit"),
         ({"bias": torch.zeros(V + 1, dtype=torch.float64)}, "do not fit"),
-        ({"vocab": VocabShard.balanced(V + 1, None)}, "this rank holds 24 rows"),
+        ({"vocab": VocabShard.balanced(V + 1, None)}, "this rank has 24 rows"),
         ({"vocab": VocabShard.balanced(V, None), "vocab_size": V}, "give either"),
-        ({"vocab_size": V + 1}, "one rank alone holds 23 of 24"),
+        ({"vocab_size": V + 1}, "one rank alone has 23 of 24"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -277,7 +278,7 @@ def resized():
     own = weight[vocab.start : vocab.stop].clone()
     linear_cross_entropy(hidden, own, labels, group=dist.group.WORLD)
     own.data = torch.cat([own.data, own.data[:2]])
-    with pytest.raises(TensorParallelError, match="rows when the ranks told each other their shards and has"):
+    with pytest.raises(TensorParallelError, match="rows when the ranks exchanged their sizes and has"):
         linear_cross_entropy(hidden, own, labels, group=dist.group.WORLD)
 
 

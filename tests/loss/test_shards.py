@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.live_bytes import LiveBytes
-from tests.loss.problems import group_of, larger, problem
+from tests.support.loss_problems import group_of, larger, problem
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin import loss as L
 from tp_plugin.collectives import counted
@@ -147,12 +147,12 @@ def wrong(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("bounds", r"2 rank\(s\) have \[12, 12\] rows, 24 in all, and the ranks were given vocab_size 23"),
+        ("bounds", r"2 rank\(s\) have \[12, 12\] rows, 24 in all, but the ranks were given vocab_size 23"),
         ("group", r"have \[5, 5\] rows, 10 in all"),
         ("told differently", r"were given different sizes \(\[23, 24\]\)"),
         ("shape on one rank", r"do not fit.*\[on rank 0\]"),
         ("dtype on one rank", r"expected int64 labels.*\[on rank 0\]"),
-        ("label", r"label 23 lies outside the vocabulary \[0, 23\)"),
+        ("label", r"label 23 is outside the vocabulary \[0, 23\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_on_every_rank(kind, message):
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: L.topk(logits, 6), r"k must lie in \[1, 5\]"),
         (lambda: L.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)), "not the leading dimensions"),
         (lambda: L.cross_entropy(logits, torch.zeros(3)), "int64"),
-        (lambda: L.cross_entropy(logits, torch.tensor([0, 1, 5])), "label 5 lies outside"),
+        (lambda: L.cross_entropy(logits, torch.tensor([0, 1, 5])), "label 5 is outside"),
         (lambda: L.entropy(logits.long()), "must be floating"),
         (lambda: L.entropy(logits, vocab=VocabShard.balanced(6, None)), "logits have 5 columns"),
         (

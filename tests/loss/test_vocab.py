@@ -13,9 +13,9 @@ def shards():
     for size in (7, 2):
         vocab = VocabShard.balanced(size, dist.group.WORLD)
         found.append((vocab.start, vocab.stop, vocab.rows, vocab.sizes))
-    with pytest.raises(TensorParallelError, match="cannot be cut"):
+    with pytest.raises(TensorParallelError, match="cannot be sharded"):
         VocabShard(dist.group.WORLD, 7, 0, 3, (3, 3, 2))
-    with pytest.raises(TensorParallelError, match="holds rows"):
+    with pytest.raises(TensorParallelError, match="has rows"):
         VocabShard(dist.group.WORLD, 8, 1, 4, (3, 3, 2))
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def test_grouped_mm_gets_rows_of_whole_16_bytes(width, tp, held):
 
 
 def test_widths_that_cannot_be_aligned_are_refused():
-    with pytest.raises(TensorParallelError, match=r"at most 2 or call model\.set_experts_implementation"):
+    with pytest.raises(TensorParallelError, match=r"autotp_size at most 2 or call model\.set_experts_implementation"):
         place_experts("experts", experts_of("mixtral", 8).float(), RULE, 4, "grouped_mm")
 
 
@@ -96,8 +95,10 @@ def test_weights_that_do_not_belong_together_are_refused():
 
 
 def test_kernels_of_the_hub_are_refused():
+    with_kernels = torch.nn.Module()
+    with_kernels.use_kernels = True
     with pytest.raises(TensorParallelError, match="use_kernels=False"):
-        check_implementation(SimpleNamespace(use_kernels=True))
+        check_implementation(with_kernels)
 
 
 def test_a_mixture_and_its_shared_experts_are_one():

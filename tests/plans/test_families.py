@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -9,9 +11,8 @@ from torch import nn
 
 from tests.support import zoo
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.plans import Rule, plan_for, register_family
-from tp_plugin.plans.heads import deal_heads
-from tp_plugin.plans.packing import PACKINGS, cut, local_heads
+from tp_plugin.plans import Packing, Rule, plan_for, register_family, register_packing
+from tp_plugin.plans.heads import PACKINGS, deal_heads, local_heads, local_packed
 from tp_plugin.plans.registry import _FAMILIES
 
 
@@ -140,7 +141,7 @@ def test_a_gate_and_a_parameter_follow_the_heads_and_known_counts_become_local()
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (ROWS, "parameter 'attn.sinks' lies inside the sharded block 'attn'"),
+        (ROWS, "parameter 'attn.sinks' is inside the sharded block 'attn'"),
         ([*ROWS, Rule("attn.sinks", "per_head", role="key", dim=0), Rule("attn.q", "row")], "'attn.q': row hits no"),
         ([*ROWS, Rule("attn.wo.bias", "per_head", role="odd")], "unknown role 'odd'"),
         ([*ROWS[:-1], Rule("attn.gate", "column", local=(("num_heads", "heads"),))], "unknown quantity 'heads'"),
@@ -187,15 +188,15 @@ CODEGEN_HEADS = ((8, 8, 2), (16, 16, 4), (32, 32, 2))  # as many key as query he
 def test_a_rank_finds_its_heads_where_its_forward_looks(role, queries, kvs, tp):
     packing = PACKINGS[role]
     dealt = deal_heads(queries, kvs, tp, fits=packing.fits)
-    full = packing.order(queries, kvs)
-    held, outputs = cut(dealt, queries, kvs, packing)
+    full = packing.heads(queries, kvs)
+    held, outputs = local_packed(dealt, queries, kvs, packing)
     assert {place for own in held for place in own} == set(range(len(full))), "a head is on no rank"
     for rank, own in enumerate(held):
         assert len(own) == len(set(own)), "a rank stores a head twice"
         shard = [full[place] for place in own]
         output = shard if outputs is None else [shard[i] for i in outputs[rank]]
         assert output == local_heads(dealt, rank, packing)
-        local = packing.order(len(dealt.queries[rank]), sum(dealt.repeats[rank]))
+        local = packing.heads(len(dealt.queries[rank]), sum(dealt.repeats[rank]))
         assert [kind for kind, _ in output] == [kind for kind, _ in local]
         # attention pairs the i-th local query with local key i // ratio: they must belong together globally
         numbers = {pair: head for pair, (_, head) in zip(local, output, strict=True)}
@@ -213,3 +214,19 @@ def test_a_head_that_is_multiplied_with_by_hand_stays_whole():
     assert plan.replicated[whole] == "whole by a rule (family)"
     assert not plan.names("vocab_embedding", "vocab_head")
     assert len(plan.names("row")) == 2 + config.num_feedforward_networks - 1
+
+
+@pytest.mark.parametrize(
+    ("role", "packing", "message"),
+    [
+        ("q|k|v", Packing(lambda q, kv: [("q", n) for n in range(q)]), "'q|k|v' is a packing already"),
+        ("", Packing(lambda q, kv: [("q", n) for n in range(q)]), "register_packing needs a name"),
+        ("twice", Packing(lambda q, kv: [("q", 0)] * q), "not each of 2 once; correct its 'order'"),
+        ("never", Packing(lambda q, kv: [], fits=lambda q: False), "fits some number of query heads"),
+        ("none", "q|k|v", "needs a name and a tp_plugin.Packing"),
+    ],
+)
+def test_a_packing_that_cannot_be_used_is_refused(role, packing, message):
+    with pytest.raises(TensorParallelError, match=re.escape(message)):
+        register_packing(role, packing)
+    assert role not in PACKINGS or PACKINGS[role] != packing

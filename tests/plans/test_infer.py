@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from tests.verify.custom import Gated, HomeConfig, HomeModel, Plain
+from tests.support.custom_models import Gated, HomeConfig, HomeModel, Plain
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan as p
 from tp_plugin.plans import plan_for
@@ -111,8 +111,8 @@ def test_layers_that_somebody_describes_are_left_alone():
     ],
 )
 def test_architectures_without_a_plan(model_type, expected):
-    from tp_plugin.verify.check import on_meta
-    from tp_plugin.verify.specimen import architectures, class_named
+    from tp_plugin.model_check.check import on_meta
+    from tp_plugin.model_check.resolve_model import architectures, class_named
 
     model = on_meta(class_named(architectures()[model_type][1]), AutoConfig.for_model(model_type))
     assert expected <= set(fold_all(plan_for(model, 2).inferred()))

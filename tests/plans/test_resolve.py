@@ -1,16 +1,21 @@
 """Plans of real architectures, and what is refused before anything is touched."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from tests.support import zoo
 from tests.support.models import FAMILIES, make
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan_for, register_family
 from tp_plugin.plans.from_transformers import STYLE_OF
 from tp_plugin.plans.plan import ADDED_ONCE, NO_RULE, STYLES
 from tp_plugin.plans.registry import _FAMILIES
+from tp_plugin.plans.resolve import matched_rules
+from tp_plugin.plans.suggest import as_json, as_python, skeleton
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,7 +102,7 @@ def test_a_registered_family_replaces_the_hf_plan():
         (Block(), {"down": "row"}, "needs at least one column and exactly one row"),
         (Block(), RULES | {"dwon": "row"}, "'dwon': row hits no module; did you mean 'down'"),
         (Block(), {"up": "colum", "down": "row"}, "unknown style 'colum'"),
-        (Block(extra=True), RULES, "'middle.weight' lies inside the sharded block"),
+        (Block(extra=True), RULES, "'middle.weight' is inside the sharded block"),
         (Packed(), {"gate_up": "column", "down": "row"}, "do not belong together"),
     ],
 )
@@ -119,7 +124,7 @@ def test_a_forgotten_norm_is_allowed_once_a_rule_speaks_of_it():
 def test_an_hf_style_we_do_not_know_is_named():
     model = Packed()
     model.tp_plan = {"gate_up": "sideways"}
-    with pytest.raises(TensorParallelError, match="'gate_up' in style 'sideways', which is unknown"):
+    with pytest.raises(TensorParallelError, match="'gate_up' in the unknown style 'sideways'"):
         plan_for(model, 2)
     assert set(STYLE_OF.values()) <= set(STYLES)
 
@@ -151,7 +156,7 @@ def test_what_stays_whole_says_why():
 
 
 def test_your_rule_may_not_take_a_sum_away_from_what_stays_sharded():
-    with pytest.raises(TensorParallelError, match=r"takes its style partial \(HF plan\) away"):
+    with pytest.raises(TensorParallelError, match=r"replaces the style partial \(HF plan\)"):
         plan_for(make("Qwen3"), 2, {"**.self_attn.k_norm": "replicated"})
     attention = {f"**.self_attn.{name}": "replicated" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert plan_for(make("Qwen3"), 2, attention | {"**.self_attn.k_norm": "replicated"}).regions
@@ -160,8 +165,67 @@ def test_your_rule_may_not_take_a_sum_away_from_what_stays_sharded():
 def test_attentions_that_are_given_one_tensor_are_kept_whole_together():
     with torch.device("meta"):
         model = transformers.MPNetForMaskedLM(transformers.MPNetConfig(num_hidden_layers=2))
-    with pytest.raises(TensorParallelError, match="keep all such attentions whole or none"):
+    with pytest.raises(TensorParallelError, match="replicate all such attentions or none"):
         plan_for(model, 2, {"**.layer.1.attention.attn.*": "replicated"})
-    with pytest.raises(TensorParallelError, match="takes its style partial"):
+    with pytest.raises(TensorParallelError, match="replaces the style partial"):
         plan_for(model, 2, {"**.relative_attention_bias": "replicated"})
     assert plan_for(model, 2, {"**.attention.attn.*": "replicated"}).names("row")
+
+
+# ---- rules of the user's that are objects ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"role": "query"}, "lacks the key 'style'; choose one of column"),
+        ({"style": "column", "rule": "query"}, "the unknown key 'rule'; did you mean 'role'"),
+        ({"style": "column", "zzz": 1}, "the unknown key 'zzz'; choose from style, role, blocks"),
+        ({"style": 2}, "'style': 2, which must be the name of a style"),
+        ({"style": "column", "blocks": 0}, "'blocks': 0, which must be a number of sub-tensors, at least 1"),
+        ({"style": "column", "up": True}, "'up': True, which must be a number of dotted parts"),
+        ({"style": "column", "local": ["heads"]}, r"'local': \['heads'\], which must be an object .*\(query heads, kv"),
+        ({"style": "column", "local": {"heads": "heads"}}, "unknown quantity 'heads'.*choose from query heads"),
+        ({"style": "column", "role": "odd"}, "unknown role 'odd'.*choose from query, key"),
+        ({"style": "columns"}, "unknown style 'columns'.*or from HF's colwise"),
+    ],
+)
+def test_a_rule_that_is_no_rule_is_refused_in_one_sentence(rule, message):
+    with pytest.raises(TensorParallelError, match=message) as refused:
+        plan_for(Block(), 2, {"up": rule, "down": "row"})
+    assert "up" in str(refused.value)
+
+
+def test_an_object_says_what_a_style_cannot():
+    plan = plan_for(Packed(), 2, {"gate_up": {"style": "colwise", "blocks": 2}, "down": "rowwise"})
+    assert plan.placements["gate_up"].layouts == plan_for(Packed(), 2).placements["gate_up"].layouts
+
+
+@pytest.mark.parametrize("family", [False, True])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen3", "Mixtral", "gpt2", "falcon new", "codegen", "olmo2", "t5", "whisper"]
+)
+def test_the_rules_that_count_written_down_give_the_same_plan(name, family):
+    model = zoo.build(name) if name in zoo.ZOO else make(name)
+    modules = dict(model.named_modules())
+    rules = skeleton(modules, matched_rules(model, modules)[1], family=family)
+    wanted = plan_for(model, 2)
+    if family:
+        kind, known = model.config.model_type, dict(_FAMILIES)
+        exec(as_python(rules, kind), {})
+        try:
+            found = plan_for(model, 2)
+        finally:
+            _FAMILIES.clear()
+            _FAMILIES.update(known)
+    else:
+        found = plan_for(model, 2, json.loads(as_json(rules))["tp_plugin"]["plan"])
+    assert {n: (one.style, one.layouts, one.outputs) for n, one in found.placements.items()} == {
+        n: (one.style, one.layouts, one.outputs) for n, one in wanted.placements.items()
+    }
+    assert sorted(map(str, found.regions)) == sorted(map(str, wanted.regions))
+
+
+def test_a_skeleton_names_every_linear_layer_that_no_rule_matches():
+    modules = dict(Block().named_modules())
+    assert skeleton(modules, {}) == {"up": "replicated", "down": "replicated"}

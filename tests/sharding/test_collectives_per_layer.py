@@ -6,48 +6,11 @@ import functools
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.support.models import batch, make
+from tests.support.models import make
+from tests.support.per_layer import collectives, sharded
 from tests.support.ranks import on_ranks
 from tp_plugin.collectives import counted
-from tp_plugin.config import TensorParallelConfig
-from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding import shard_in_place
-
-
-def sharded(family: str = "Llama", *, tp: int | None = None, **options):
-    """A small model sharded over the whole world, in training mode."""
-    tp = tp or dist.get_world_size()
-    model = make(family, **options).train()
-    shard_in_place(model, TensorParallelConfig(tp_size=tp, check_batch_every=0), ParallelMesh.create(tp))
-    return model
-
-
-def collectives(family, layers, heads, stage, checkpointing=False):
-    """(purpose, backward) -> count of one training step."""
-    model = make(family, heads=heads, num_hidden_layers=layers).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    if stage is None:
-        shard_in_place(model, TensorParallelConfig(tp_size=2, check_batch_every=0), ParallelMesh.create(2))
-        run = model
-    else:
-        from tests.support.train import config_for, engine_for, optimizer_for
-
-        config = config_for(2, stage) | {"tp_plugin": {"check_batch_every": 0, "quiet": True}}
-        run = engine_for(model, optimizer_for(model, "adamw"), config)
-    data = batch(0, 2)
-    for _ in range(4):  # the first steps are compared by the guard, the fourth is not
-        with counted() as counter:
-            loss = run(**data).loss
-            run.backward(loss) if stage is not None else loss.backward()
-    found: dict[tuple[str, bool], int] = {}
-    for record in counter.records:
-        key = record.purpose, record.backward
-        found[key] = found.get(key, 0) + 1
-    return found
-
 
 CASES = {
     **{f"Llama, {n} layers, ZeRO {z}": ("Llama", n, (4, 2), z) for n in (1, 3) for z in (None, 1, 3)},
@@ -96,7 +59,7 @@ def test_recomputation_repeats_forward_collectives_only(kind):
 
 
 def sibling_doors():
-    """Columns that are called with different tensors make doors of their own, and the gradient is still right."""
+    """Columns that are called with different tensors enter separately, and the gradient is right."""
     model, plain = sharded(heads=(4, 2)), make(heads=(4, 2), family="Llama").train()
     block, truth = model.model.layers[0].mlp, plain.model.layers[0].mlp
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -113,5 +76,25 @@ def sibling_doors():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_different_inputs_get_different_doors():
+def test_different_inputs_enter_separately():
     on_ranks(2, sibling_doors)
+
+
+def an_input_changed_in_place():
+    """A frozen block reuses its buffer between two columns: the second one's gradient belongs to the new values."""
+    model, plain = sharded(heads=(4, 2)), make(heads=(4, 2), family="Llama").train()
+    block, truth = model.model.layers[0].mlp.requires_grad_(False), plain.model.layers[0].mlp.requires_grad_(False)
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+
+    def run(mlp):
+        leaf = x.clone().requires_grad_()
+        hidden = leaf * 2
+        gate = mlp.act_fn(mlp.gate_proj(hidden))
+        mlp.down_proj(gate * mlp.up_proj(hidden.mul_(1.5))).square().sum().backward()
+        return leaf.grad
+
+    torch.testing.assert_close(run(block), run(truth), rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_changed_in_place_enters_again():
+    on_ranks(2, an_input_changed_in_place)

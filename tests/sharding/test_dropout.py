@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.sharding.test_collectives_per_layer import sharded
-from tests.support.models import batch
+import tp_plugin
+from tests.support import zoo
+from tests.support.models import batch, make
+from tests.support.per_layer import sharded
 from tests.support.ranks import on_ranks
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layers.dropout import draws_random_numbers
@@ -37,6 +40,26 @@ def two_runs(attention: str):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_one_seed_gives_one_run(attention):
     assert on_ranks(2, two_runs, attention) == [(True, False)] * 2
+
+
+def losses_beside_one_process() -> tuple[float, float]:
+    """Relative differences from the plain model with the same seed: in training, and without dropout."""
+    ours, plain = sharded(attention_dropout=0.3), make("Llama", attention_dropout=0.3)
+    found = []
+    for training in (True, False):
+        losses = []
+        for model in (ours, plain):
+            torch.manual_seed(1)
+            losses.append(model.train(training)(**batch(0, 2)).loss.item())
+        found.append(abs(losses[0] / losses[1] - 1))
+    return found[0], found[1]
+
+
+def test_one_process_draws_other_masks():
+    """README says so: equal in distribution, not in numbers."""
+    for dropping, without in on_ranks(2, losses_beside_one_process):
+        assert dropping > 1e-4
+        assert without < 1e-6
 
 
 def recomputed(reentrant: bool):
@@ -103,6 +126,27 @@ def nested_rate():
     block.inner = torch.nn.Linear(2, 2)
     block.inner.attention_dropout = 0.1
     return DerivedRandomness(block, 0).active()
+
+
+def spectrograms():
+    """What Whisper's encoder is given in two forwards, by a loop that has seeded torch alone."""
+    numpy.random.seed(dist.get_rank())
+    model = zoo.build("whisper", 0, apply_spec_augment=True, mask_time_prob=0.5, mask_time_length=2)
+    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True, guard=False))
+    seen: list[torch.Tensor] = []
+    model.model.encoder.register_forward_pre_hook(lambda _module, args: seen.append(args[0].clone()))
+    data = zoo.data_for("whisper")(0, 2)
+    for _ in range(2):
+        model.train()(**data)
+    return seen, data["input_features"]
+
+
+def test_spectrograms_are_masked_alike():
+    (ours, given), (theirs, _) = on_ranks(2, spectrograms)
+    assert len(ours) == 2
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], ours[1])
+    assert not torch.equal(ours[0], given)
 
 
 def test_a_rate_inside_the_block_counts():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
 from tp_plugin.collectives import counted
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.mesh import ParallelMesh
@@ -29,10 +32,6 @@ def guarded(rate: float = 0.0, **options) -> Sum:
     model = Sum(rate)
     InputGuard(model, ParallelMesh.create(2), TensorParallelConfig(tp_size=2, **options))
     return model
-
-
-def rank_of_world() -> int:
-    return dist.get_rank()
 
 
 def comparisons() -> dict[str, list[int]]:
@@ -76,10 +75,87 @@ def generators_out_of_step():
     model(torch.ones(2))
 
 
+class Masked(Sum):
+    """Masks its input by NumPy, as SpecAugment does, and skips layers by Python's ``random``, as LayerDrop may.
+
+    Every layer sums over the TP group: a rank that skips another number of layers than its peer leaves it waiting.
+    """
+
+    def __init__(self, group) -> None:
+        super().__init__()
+        self.group, self.layers, self.masks = group, 0, []
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        self.masks.append(numpy.random.rand(len(x)) < 0.5)
+        x = x * torch.from_numpy(self.masks[-1]) * self.weight
+        for _ in range(8):
+            if random.random() < 0.5:
+                x = x.detach().clone()
+                dist.all_reduce(x, group=self.group)
+                self.layers += 1
+        return x
+
+
+def masked(**options) -> Masked:
+    mesh = ParallelMesh.create(2)
+    model = Masked(mesh.tp_group)
+    InputGuard(model, mesh, TensorParallelConfig(tp_size=2, **options))
+    return model
+
+
+def seeded_apart_but_for_torch() -> tuple[list[bool], int]:
+    """What a rank draws in two forwards, after a loop has seeded torch alone."""
+    torch.manual_seed(dist.get_rank() // 2)
+    random.seed(dist.get_rank())
+    numpy.random.seed(dist.get_rank())
+    model = masked()
+    model(torch.ones(16))
+    model(torch.ones(16))
+    return numpy.concatenate(model.masks).tolist(), model.layers
+
+
+def a_generator_parts(draw):
+    model = masked(check_batch_every=1)
+    model.layers = None
+    model.forward = lambda x: x * numpy.random.rand() * random.random()
+    model(torch.ones(2))
+    model(torch.ones(2))
+    if dist.get_rank() == 3:
+        draw()
+    model(torch.ones(2))
+
+
+def numpys_parts():
+    a_generator_parts(numpy.random.rand)
+
+
+def pythons_parts():
+    a_generator_parts(random.random)
+
+
+def both_part():
+    a_generator_parts(lambda: (numpy.random.rand(), random.random()))
+
+
+def one_rank_alone() -> tuple[list[str], float]:
+    """Collectives of three forwards at tp 1 with data parallelism, where nothing has to agree with anything."""
+    model = Sum(0.5)
+    InputGuard(model, ParallelMesh.create(1), TensorParallelConfig(broadcast_batch=True, check_batch_every=1))
+    with counted() as counter:
+        for _ in range(3):
+            found = model.train()(torch.full((2 + dist.get_rank(),), 1.0 + dist.get_rank()))
+        model.eval()(torch.ones(2))
+    return [record.kind for record in counter.records], found.detach().isfinite().item()
+
+
 def generators_that_nobody_draws_from():
     model = guarded(check_batch_every=1)
     model(torch.ones(2))
     torch.rand(dist.get_rank() % 2)
+    numpy.random.rand(dist.get_rank() % 2)
+    random.seed(dist.get_rank())
     return model(torch.ones(2)).item()
 
 
@@ -117,9 +193,20 @@ REFUSED = {
     "plain_values": "their values differ",
     "dtypes": "their shapes differ",
     "missing_keyword": "their shapes differ",
-    "generators_out_of_step": "no longer in step",
+    "generators_out_of_step": "no longer in step (torch's), so",
+    "numpys_parts": "no longer in step (NumPy's), so",
+    "pythons_parts": "no longer in step (Python's), so",
+    "both_part": "no longer in step (NumPy's and Python's), so",
 }
-ALLOWED = ("comparisons", "generators_that_nobody_draws_from", "generators_brought_in_step", "handed_out", "trees")
+ALLOWED = (
+    "comparisons",
+    "seeded_apart_but_for_torch",
+    "one_rank_alone",
+    "generators_that_nobody_draws_from",
+    "generators_brought_in_step",
+    "handed_out",
+    "trees",
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +234,19 @@ def test_the_first_training_forward_brings_generators_in_step(four):
     assert after[0] == after[1]
     assert after[2] == after[3]
     assert after[0] != after[2]
+
+
+def test_numpys_and_pythons_generators_are_brought_in_step_before_a_layer_is_skipped(four):
+    first, peer, second, _ = found = values(four, "seeded_apart_but_for_torch")
+    assert first == peer
+    assert second == found[3]
+    assert first[0] != second[0], "replicas draw masks of their own"
+    assert 0 < first[1] < 16
+
+
+def test_one_rank_alone_has_nobody_to_agree_with(four):
+    """No number of it is reduced over the world, which NCCL would refuse of CPU memory."""
+    assert values(four, "one_rank_alone") == [([], True)] * 4
 
 
 def test_the_first_ranks_batch_is_handed_out(four):

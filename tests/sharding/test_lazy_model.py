@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.sharding.test_collectives_per_layer import sharded
 from tests.support.models import batch, make
+from tests.support.per_layer import sharded
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.lazy import VocabParallelLogits
+from tp_plugin.param_info import layout_of
 
 FAMILY = {"family": "Qwen3", "heads": (4, 2)}
 
@@ -78,7 +79,7 @@ def losses_of_my_own(kind: str):
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     wanted = dict(plain.named_parameters())
     for name, param in ours.named_parameters():
-        layout = getattr(param, "tp_layout", None)
+        layout = layout_of(param)
         grad = wanted[name].grad
         grad = grad if layout is None else layout.shard(grad, dist.get_rank())
         torch.testing.assert_close(param.grad, grad, rtol=1e-3, atol=1e-5)
@@ -109,7 +110,7 @@ def compiled():
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
     wanted = dict(plain.named_parameters())
     for name, param in ours.named_parameters():
-        layout = getattr(param, "tp_layout", None)
+        layout = layout_of(param)
         grad = wanted[name].grad if layout is None else layout.shard(wanted[name].grad, dist.get_rank())
         torch.testing.assert_close(param.grad, grad, rtol=1e-3, atol=1e-5)
 

@@ -13,10 +13,12 @@ import transformers
 from safetensors import safe_open
 
 import tp_plugin
-from tests.sharding.test_collectives_per_layer import collectives, sharded
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
 from tests.support.models import batch, make
 from tests.support.moe import SIZES
+from tests.support.per_layer import collectives, sharded
+from tests.support.ranks import on_ranks
+from tp_plugin.param_info import layout_of
 
 NAMED = tuple(SIZES)
 
@@ -174,9 +176,9 @@ def late_change():
     return model.get_experts_implementation()[""], refusals
 
 
-def compiled():
+def compiled(*families):
     """Compiled training forwards give the loss and the gradients of one process that is not compiled."""
-    for family in ("Qwen2Moe", "GptOss", "DeepseekV3"):
+    for family in families or ("Qwen2Moe",):
         data, plain, ours = batch(0, 2), make(family).train(), sharded(family)
         loss = torch.compile(ours, backend="aot_eager")(**data).loss
         loss.backward()
@@ -185,7 +187,7 @@ def compiled():
         torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
         wanted = dict(plain.named_parameters())
         for name, param in ours.named_parameters():
-            layout = getattr(param, "tp_layout", None)
+            layout = layout_of(param)
             grad = wanted[name].grad if layout is None else layout.shard(wanted[name].grad, dist.get_rank())
             torch.testing.assert_close(param.grad, grad, rtol=1e-3, atol=1e-5, msg=f"{family}: {name}")
 
@@ -204,7 +206,7 @@ RUN = (
 )
 REFUSED = {
     "too_narrow": r"model.layers.0.mlp.experts.* 1, fewer than the 2 ranks; choose .*autotp_size at most 1",
-    "not_aligned": r"width of 4, of which 2 ranks cannot .*autotp_size at most 1 or call .*'eager'",
+    "not_aligned": r"of width 4 do not give each of 2 ranks rows .*autotp_size at most 1 or call .*'eager'",
     "latent_heads_do_not_fit": r"model.layers.0.self_attn: 1 query and 1 key/value heads .* from \[1\]",
     "foreign_implementation": r"experts implementation 'deepgemm' is not supported .* eager, grouped_mm, batched_mm",
 }
@@ -262,6 +264,12 @@ def test_the_cache_holds_this_ranks_heads_or_the_latent():
 
 def test_compiled_mixtures_equal():
     values(results(), "compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["GptOss", "DeepseekV3"])
+def test_other_compiled_mixtures_equal(family):
+    on_ranks(2, compiled, family)
 
 
 def test_a_late_change_of_the_implementation_is_checked():

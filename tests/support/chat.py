@@ -39,13 +39,15 @@ def words(draw: random.Random, least: int, most: int) -> str:
 
 
 def rows(form: str, count: int, seed: int = 0, length: int | None = None) -> list[dict[str, Any]]:
-    """``count`` rows of a form: text, prompt-completion, chat, preference, or a chat's preference.
+    """``count`` rows of a form: text, prompt-completion, chat, preference, a chat's preference, or tokens.
+
+    ``tokens`` are prepared already, and only every tenth row has labels: whole batches have none.
 
     Of ``length`` words a part, or of lengths that vary.
     """
     draw = random.Random(seed)
     made = []
-    for _ in range(count):
+    for number in range(count):
         prompt, good, bad = (words(draw, length or 2, length or most) for most in (6, 7, 7))
         said = [{"role": "user", "content": prompt}]
         answer = [{"role": "assistant", "content": good}]
@@ -59,6 +61,10 @@ def rows(form: str, count: int, seed: int = 0, length: int | None = None) -> lis
                     "prompt": said,
                     "chosen": answer,
                     "rejected": [{"role": "assistant", "content": bad}],
+                },
+                "tokens": {
+                    "input_ids": (ids := tokenizer()(f"{prompt} {good}")["input_ids"]),
+                    "labels": ids if number % 10 == 0 else [-100] * len(ids),
                 },
             }[form]
         )

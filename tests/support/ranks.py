@@ -22,10 +22,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _ZYGOTE: tuple[subprocess.Popen, Connection] | None = None
+forbidden = False
+"""Whether launching ranks is an error: set while only tests marked unit run."""
 
 
 def _zygote() -> Connection:
     global _ZYGOTE
+    if forbidden:
+        raise RuntimeError("a test marked unit launches ranks; teach tests/support/markers.py to see how")
     if "TEST_RANK" in os.environ:
         raise RuntimeError("a rank cannot launch ranks; keep calls of on_ranks out of module level")
     if _ZYGOTE is None or _ZYGOTE[0].poll() is not None:
@@ -40,7 +44,7 @@ def _zygote() -> Connection:
             "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.zygote", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
             env=env,
@@ -52,9 +56,18 @@ def _zygote() -> Connection:
 
 
 def outcomes(
-    world: int, function: Callable, *args: Any, timeout_s: float = 300, env: dict[str, str] | None = None, **kwargs: Any
+    world: int,
+    function: Callable,
+    *args: Any,
+    timeout_s: float = 300,
+    env: dict[str, str] | None = None,
+    group: bool | None = None,
+    **kwargs: Any,
 ) -> list[dict]:
-    """One dict a rank: ``ok``, ``value`` or ``error`` and ``kind``, and ``log``."""
+    """One dict a rank: ``ok``, ``value`` or ``error`` and ``kind``, and ``log``.
+
+    ``group``: whether the default process group is made first; None makes it of several ranks only.
+    """
     connection = _zygote()
     connection.send(
         {
@@ -65,6 +78,7 @@ def outcomes(
             "kwargs": kwargs,
             "timeout_s": timeout_s,
             "env": env or {},
+            "group": world > 1 if group is None else group,
         }
     )
     return pickle.loads(connection.recv_bytes())
@@ -73,7 +87,7 @@ def outcomes(
 def on_ranks(world: int, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
     """The return value of ``function(*args, **kwargs)`` on each of ``world`` ranks.
 
-    ``timeout_s`` and ``env`` are the harness's own.
+    ``timeout_s``, ``env`` and ``group`` are the harness's own, see :func:`outcomes`.
     """
     found = outcomes(world, function, *args, **kwargs)
     failed = [(rank, o) for rank, o in enumerate(found) if not o["ok"]]

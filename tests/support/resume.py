@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.configs import config_for
 from tests.support.models import batch
 from tests.support.train import engine_for, loss_of, model_of, optimizer_for
 from tests.support.zoo import ZOO, data_for
@@ -45,17 +46,9 @@ def engine_of(
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     dp = (dist.get_world_size() if dist.is_initialized() else 1) // tp
     extra = dict(extra or {})
-    config = {
-        "train_micro_batch_size_per_gpu": MICRO,
-        "gradient_accumulation_steps": ROWS // MICRO // dp,
-        "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 40, **extra.pop("zero", {})},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "tensor_parallel": {"autotp_size": tp},
-        "tp_plugin": {"quiet": True},
-        **extra,
-    }
+    sizes = {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ROWS // MICRO // dp}
+    zero = {"stage3_param_persistence_threshold": 40, **extra.pop("zero", {})}
+    config = config_for(tp, stage, zero=zero, **sizes | {"tp_plugin": {"quiet": True}} | extra)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     return engine_for(model, optimizer, config, lr_scheduler=scheduler)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from tests.support import zoo
+from tests.support.configs import ACCUMULATION, CLIP, MICRO, config_for
+from tests.support.errors import gradient_error, relative, replica_error, worse
 from tests.support.models import batch, make
 
-STEPS, MICRO, ACCUMULATION, CLIP = 3, 2, 2, 0.5
+STEPS = 3
 
 
 def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
@@ -79,7 +80,18 @@ def loss_of(model: Any, data: dict[str, torch.Tensor], step: int, family: str = 
     return model(**data, num_items_in_batch=torch.tensor(17.0 + step)).loss
 
 
-def truth(
+_TRUTHS: dict[str, dict] = {}
+
+
+def truth(*arguments: Any, **options: Any) -> dict:
+    """What :func:`_train_plainly` gives, computed once a process: several configurations have one reference."""
+    key = repr((arguments, sorted(options.items())))
+    if key not in _TRUTHS:
+        _TRUTHS[key] = _train_plainly(*arguments, **options)
+    return _TRUTHS[key]
+
+
+def _train_plainly(
     family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: str | None = None,
     **options: Any,
 ) -> dict:  # fmt: skip
@@ -105,21 +117,6 @@ def truth(
     return {"losses": losses, "norms": norms, "grads": grads, "params": params, "start": start}
 
 
-def config_for(tp: int, stage: int, **extra: Any) -> dict[str, Any]:
-    """A DeepSpeed config of this harness."""
-    return {
-        "train_micro_batch_size_per_gpu": MICRO,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **extra.pop("zero", {})},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "tensor_parallel": {"autotp_size": tp},
-        "tp_plugin": {"check_batch_every": 2, "quiet": True},
-        **extra,
-    }
-
-
 def engine_for(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], **arguments: Any
 ) -> Any:
@@ -132,19 +129,57 @@ def engine_for(
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **arguments)[0]
 
 
+class GroupsOfAScript:
+    """Groups of neighbours (or, ``strided``, of ranks apart) that a script makes itself, with the methods of an mpu."""
+
+    def __init__(self, tp: int, strided: bool = False) -> None:
+        world = dist.get_world_size()
+        near = [list(range(start, start + tp)) for start in range(0, world, tp)]
+        apart = [list(range(first, world, world // tp)) for first in range(world // tp)]
+        tensor = apart if strided else near
+        data = [list(ranks) for ranks in zip(*tensor, strict=True)]
+        self.tensor, self.data = (dist.new_subgroups_by_enumeration(ranks)[0] for ranks in (tensor, data))
+
+    def get_model_parallel_group(self):
+        return self.tensor
+
+    def get_model_parallel_rank(self):
+        return dist.get_rank(self.tensor)
+
+    def get_model_parallel_world_size(self):
+        return dist.get_world_size(self.tensor)
+
+    def get_data_parallel_group(self):
+        return self.data
+
+    def get_data_parallel_rank(self):
+        return dist.get_rank(self.data)
+
+    def get_data_parallel_world_size(self):
+        return dist.get_world_size(self.data)
+
+
 def engine_by(
     way: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, config: dict[str, Any], tp: int
 ) -> Any:
-    """An engine made in one of three ways.
+    """An engine made in one of several ways.
 
     ``slot``: the engine shards. ``early``: ``shard_model`` first, and the engine finds it done. ``mpu``: likewise,
-    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``. (``late`` is the model's to know: it
-    is sharded already, and adapters were put into it then.)
+    and the engine is told of the groups by ``mpu=`` instead of ``autotp_size``. ``beside``: the engine shards, and a
+    ``mpu=`` of the script's own says the same groups. ``recorded``: ``deepspeed.tp_model_init`` tells the degree.
+    (``late`` is the model's to know: it is sharded already, and adapters were put into it then.)
     """
+    import deepspeed
+
     import tp_plugin
 
     if way in ("slot", "late", "load", "zero3 order"):
         return engine_for(model, optimizer, config)
+    if way == "beside":
+        return engine_for(model, optimizer, config, mpu=GroupsOfAScript(tp))
+    if way == "recorded":
+        model = deepspeed.tp_model_init(model, tp_size=tp, dtype=torch.float32)
+        return engine_for(model, optimizer, {key: value for key, value in config.items() if key != "tensor_parallel"})
     record = tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=tp, quiet=True, check_batch_every=2))
     if way == "early":
         return engine_for(model, optimizer, config)
@@ -238,77 +273,3 @@ def compare(
             errors["update"] = worse(errors["update"], relative(full[name] - expected["start"][name],
                                                               after - expected["start"][name]))  # fmt: skip
     return errors
-
-
-def worse(known: float, found: float) -> float:
-    """The larger of two errors; a NaN wins, which ``max`` would let pass for no error."""
-    return known if found <= known or math.isnan(known) else found
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor, least: float = 1e-12) -> float:
-    """Norm of the difference over the norm of the truth, or over ``least`` where that is larger."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(least))
-
-
-def gradient_error(engine: Any, expected: dict[str, torch.Tensor]) -> float:
-    """Worst relative error of a parameter's accumulated gradient, shard against the same shard of the truth.
-
-    Relative to 1e-5 of the largest gradient at least: that of a key's bias is nothing but rounding noise.
-    """
-    from deepspeed.utils import safe_get_full_grad
-
-    import tp_plugin.sharding
-
-    worst, tp_rank = 0.0, tp_plugin.sharding.state_of(engine.module).mesh.tp_rank
-    least = 1e-5 * max(float(grad.norm()) for grad in expected.values())
-    for name, param in engine.module.named_parameters():
-        if not param.requires_grad:
-            continue
-        grad = safe_get_full_grad(param) if engine.zero_optimization_stage() else param.grad
-        if name not in expected:  # the truth has none
-            assert grad is None or not grad.any(), f"{name} has a gradient"
-            continue
-        assert grad is not None, f"{name} has no gradient"
-        layout = getattr(param, "tp_layout", None)
-        wanted = expected[name] if layout is None else layout.shard(expected[name], tp_rank)
-        worst = worse(worst, relative(grad.reshape(wanted.shape), wanted, least))
-    return worst
-
-
-def replica_error(engine: Any) -> float:
-    """Largest difference of a parameter that several ranks hold, across the whole world."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    import tp_plugin.sharding
-
-    mesh = tp_plugin.sharding.state_of(engine.module).mesh
-    worst = 0.0
-    for param in engine.module.parameters():
-        with GatheredParameters([param]) if hasattr(param, "ds_id") else torch.no_grad():
-            mine = param.detach().clone()
-        for group in (mesh.dp_group, mesh.tp_group):
-            layout = getattr(param, "tp_layout", None)
-            if group is None:
-                continue
-            if group is mesh.tp_group and layout is not None:
-                if not layout.shared_intervals():
-                    continue
-                full = torch.full(layout.shape, float("nan"))
-                for index, start, stop in _held(layout, mesh.tp_rank):
-                    full.narrow(layout.dim, start, stop - start).copy_(mine.narrow(layout.dim, index, stop - start))
-                low, high = full.nan_to_num(float("inf")), full.nan_to_num(float("-inf"))
-            else:
-                low, high = mine.clone(), mine.clone()
-            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-            worst = worse(worst, float((high - low).max()))
-    return worst
-
-
-def _held(layout: Any, rank: int) -> list[tuple[int, int, int]]:
-    out, local = [], 0
-    for start, stop in layout.parts[rank]:
-        out.append((local, start, stop))
-        local += stop - start
-    return out

@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from integration.scripts import tiny
-from tests.support import chat
+from tests.support import chat, tiny
+from tests.support.configs import auto_config
+from tests.support.errors import relative, replica_error
 from tests.support.models import make, perturb
-from tests.support.train import relative, replica_error
 
 STEPS, GLOBAL_ROWS, CLIP = 3, 4, 0.02
 DATA = {"sft": "text", "dpo": "preference", "reward": "preference"}
@@ -164,27 +164,23 @@ def alone(kind: str, **options: Any) -> dict[str, Any]:
 
 def deepspeed_config(tp: int, stage: int) -> dict[str, Any]:
     ours = {"tensor_parallel": {"autotp_size": tp}, "tp_plugin": {"check_batch_every": 1, "quiet": True}}
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        **(ours if tp > 1 else {}),
-    }
+    zero = {"stage3_param_persistence_threshold": 0}
+    return auto_config(stage, zero, zero_allow_untested_optimizer=True, **(ours if tp > 1 else {}))
 
 
 def sharded(kind: str, tp: int, stage: int, **options: Any) -> dict[str, Any]:
     """:func:`train` on this world's ranks; the guard of the first step must be able to compute it again."""
     import tp_plugin
-    from tp_plugin.verify.first_step import StepGuard
+    from tp_plugin.step_guard import comparison, guard
 
-    def unchecked(_self: StepGuard, reason: str, *_: Any) -> None:
+    def unchecked(reason: str | None, *_: Any) -> None:
         raise AssertionError(f"the guard could not check it: {reason}")
 
     tp_plugin.register()
-    with mock.patch.object(StepGuard, "_say_unchecked", unchecked):
+    with (
+        mock.patch.object(comparison, "warn_unchecked", unchecked),
+        mock.patch.object(guard, "warn_unchecked", unchecked),
+    ):
         return train(kind, dp=dist.get_world_size() // tp, deepspeed=deepspeed_config(tp, stage), **options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.weights import atomic
 from tp_plugin.weights.atomic import write_file, written_whole
@@ -65,7 +65,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_job_killed_between_two_renames_loses_nothing(tmp_path, monkeypatch, capsys):
+def test_a_job_killed_between_two_renames_loses_nothing(tmp_path, monkeypatch, caplog):
     """Where there is no exchange: the old state lies aside, and a save that fails then does not cost it."""
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     target, real = tmp_path / "target", os.rename
@@ -91,7 +91,7 @@ def test_a_job_killed_between_two_renames_loses_nothing(tmp_path, monkeypatch, c
     with pytest.raises(TensorParallelError, match="no space"):
         save("failing")
     assert os.listdir(target) == ["old"]
-    assert "was being replaced when a job ended, and is what it was before" in capsys.readouterr().out
+    assert "was being replaced when a job ended, and is what it was before" in caplog.text
     save("newest")
     assert os.listdir(target) == ["newest"]
     assert os.listdir(tmp_path) == ["target"]

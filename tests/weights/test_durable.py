@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 import tp_plugin
 from tests.support.ranks import on_ranks
 from tests.support.resume import engine_of, train
+from tp_plugin.integrations.checkpoint_folders import LATEST
 from tp_plugin.weights import atomic
 from tp_plugin.weights.atomic import write_file, written_whole
-from tp_plugin.weights.container import write_tensors
-from tp_plugin.weights.whole import LATEST
+from tp_plugin.weights.safetensors_file import write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(name):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_so_is_a_directory(tmp_path, monkeypatch, exchange):
+def test_a_directory_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     for content in (torch.zeros(1), torch.ones(2)):
@@ -159,7 +159,7 @@ def test_so_is_a_directory(tmp_path, monkeypatch, exchange):
     assert torch.equal(load_file(tmp_path / "target" / "file")["a"], content)
 
 
-def test_so_is_a_small_file(tmp_path):
+def test_a_small_file_is_on_the_disk_before_it_has_its_name(tmp_path):
     for content in (b"a", b"bc"):
         with noted() as calls:
             write_file(tmp_path / "latest", content)

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.stored import stored
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
-from tp_plugin.weights.container import digest_of, write_tensors
 from tp_plugin.weights.fragments import Fragments, fragment_key
-from tp_plugin.weights.manifest import WEIGHT, Entry, Manifest, RankFile, decode, encode
+from tp_plugin.weights.manifest import WEIGHT, Manifest, RankFile, decode, encode
 from tp_plugin.weights.reader import Reader
+from tp_plugin.weights.safetensors_file import digest_of, write_tensors
 
 
 @st.composite
@@ -41,33 +42,6 @@ def layouts(draw, shape: tuple[int, ...]) -> ShardLayout:
         heads = [draw(st.permutations(sorted(set(held)))) for held in heads]
         return ShardLayout.units(shape, dim, 2, heads)
     return ShardLayout.replicated(shape, ranks)
-
-
-def manifest_of(entries: dict[str, Entry], files: dict[str, RankFile], tp: int) -> Manifest:
-    return Manifest(
-        tp=tp, dp=1, zero=1, step=3, entries=entries, optimizer=None, engine={}, scheduler=None, scaler=None,
-        client=None, model={}, files=files, versions={},
-    )  # fmt: skip
-
-
-def stored(folder: Path, full: torch.Tensor, layout: ShardLayout, cuts: list[float]) -> Fragments:
-    """``full`` as a checkpoint of data-parallel ranks that hold the pieces of a shard between ``cuts``."""
-    files = {}
-    bounds = [0.0, *sorted(cuts), 1.0]
-    for rank in range(layout.ranks):
-        if layout.owns_none(rank):
-            continue
-        flat = layout.shard(full, rank).reshape(-1)
-        for dp_rank in range(len(bounds) - 1):
-            start, stop = (int(bound * flat.numel()) for bound in bounds[dp_rank : dp_rank + 2])
-            name = f"rank_{rank}_{dp_rank}.safetensors"
-            content = {fragment_key(WEIGHT, "a.weight", start): flat[start:stop]} if start < stop else {}
-            written = write_tensors(folder / name, content)
-            files[name] = RankFile(tp_rank=rank, dp_rank=dp_rank, bytes=written.bytes, sha256=written.sha256)
-    entry = Entry(layout=layout, dtype="F32", trained=False, buffer=False, names=("a.weight",))
-    manifest = manifest_of({"a.weight": entry}, files, layout.ranks)
-    (folder / "manifest.json").write_bytes(manifest.dump())
-    return Fragments(folder, Manifest.load(folder))
 
 
 SHAPE = st.tuples(st.sampled_from([2, 4]), st.sampled_from([4, 6, 8, 12]), st.integers(2, 3).map(lambda n: 2 * n))
@@ -113,9 +87,10 @@ def test_a_hole_is_found(tmp_path):
     layout = ShardLayout.even((8, 4), 0, 2)
     stored(tmp_path, torch.zeros(8, 4), layout, [0.5])
     name = "rank_1_1.safetensors"
-    written = write_tensors(tmp_path / name, {fragment_key(WEIGHT, "a.weight", 9): torch.zeros(7)})
+    (tmp_path / name).unlink()
+    size, sha256 = write_tensors(tmp_path / name, {fragment_key(WEIGHT, "a.weight", 9): torch.zeros(7)})
     manifest = Manifest.load(tmp_path)
-    manifest.files[name] = RankFile(tp_rank=1, dp_rank=1, bytes=written.bytes, sha256=written.sha256)  # type: ignore[index]
+    manifest.files[name] = RankFile(tp_rank=1, dp_rank=1, bytes=size, sha256=sha256)  # type: ignore[index]
     with pytest.raises(TensorParallelError, match="hold 8 of the 16 elements of weight of"):
         Fragments(tmp_path, manifest)
 
@@ -139,11 +114,8 @@ def test_files_are_ordinary_safetensors(tmp_path, dtype):
 
     tensors = {"a": torch.arange(12).reshape(3, 4).to(dtype), "empty": torch.empty(0, 3, dtype=dtype)}
     tensors["a view"] = tensors["a"].t()[1:]
-    written = write_tensors(tmp_path / "x.safetensors", tensors)
-    assert (written.bytes, written.sha256) == (
-        (tmp_path / "x.safetensors").stat().st_size,
-        digest_of(tmp_path / "x.safetensors"),
-    )
+    path = tmp_path / "x.safetensors"
+    assert write_tensors(path, tensors) == (path.stat().st_size, digest_of(path))
     plain = load_file(tmp_path / "x.safetensors")
     for name, tensor in tensors.items():
         assert torch.equal(plain[name], tensor)

@@ -16,12 +16,13 @@ import pytest
 import torch.distributed as dist
 
 from tests.support import resume
+from tests.support.fork_server import GRACE_S
 from tests.support.ranks import on_ranks, outcomes
-from tests.support.zygote import GRACE_S
-from tp_plugin.integrations.deepspeed import checkpoint
-from tp_plugin.weights import container
+from tp_plugin.integrations.checkpoint_folders import LATEST
+from tp_plugin.integrations.deepspeed.checkpoint import engine as checkpoint
 from tp_plugin.weights.atomic import MARK
-from tp_plugin.weights.whole import LATEST, examine
+from tp_plugin.weights.fragments import damage_of
+from tp_plugin.weights.safetensors_file import SafetensorsFile
 
 WORLD, TP = 4, 2
 OPTIONS = {"family": "Llama", "heads": (4, 2), "tied": False, "vocab_size": 20_000}  # large enough to take a while
@@ -33,15 +34,15 @@ def die() -> None:
 
 def die_when_writing() -> None:
     """Half of the next large tensor gets into this rank's file."""
-    whole = container._write
+    whole = SafetensorsFile._put
 
-    def half(file: Any, data: memoryview) -> None:
+    def half(self: SafetensorsFile, data: Any, at: int) -> None:
         if len(data) >= 1 << 16:
-            whole(file, data[: len(data) // 2])
+            whole(self, data[: len(data) // 2], at)
             die()
-        whole(file, data)
+        whole(self, data, at)
 
-    container._write = half
+    SafetensorsFile._put = half
 
 
 def die_when_swapped() -> None:
@@ -122,7 +123,7 @@ def holds(run: dict) -> None:
         assert outcome["kind"] != "Hang", f"rank {rank} waited for more than {GRACE_S} s:\n{outcome['log'][-3000:]}"
     assert run["loaded"] in (1, 2)
     named = (run["folder"] / LATEST).read_text()
-    assert examine(run["folder"] / named) is None
+    assert damage_of(run["folder"] / named) is None
 
 
 # the first rank writes the manifest, renames and writes `latest`; the same name twice: there is something to lose

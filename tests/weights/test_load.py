@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations import HfDeepSpeedConfig
 
 import tp_plugin
-from tests.support import moe, zoo
-from tests.support.cases import launched, values
+from tests.support import custom_models, moe, zoo
+from tests.support.batched_cases import launched, values
+from tests.support.configs import config_for
+from tests.support.loaded import assert_same, readers
+from tests.support.matrix import LIMITS, assert_within, run_cases
 from tests.support.models import FAMILIES, make
 from tests.support.ranks import on_ranks
-from tests.support.train import compare, config_for, engine_for, optimizer_for
-from tests.verify import custom
+from tests.support.train import engine_for, optimizer_for
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.reader import Reader
 
 MODELS = (*FAMILIES, *zoo.ZOO, *moe.SIZES, *moe.MORE)
-LIMITS = {"loss": 1e-5, "norm": 1e-5, "grad": 1e-4, "update": 1e-4, "replicas": 0.0}
 
 
 @contextlib.contextmanager
@@ -45,57 +45,6 @@ def folder_for(model: hf.PreTrainedModel, **options) -> Iterator[str]:
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(name[0])
-
-
-@contextlib.contextmanager
-def readers() -> Iterator[list[Reader]]:
-    """Every reader that is opened inside."""
-    found, original = [], Reader.open
-
-    def opened(*args, **kwargs):
-        found.append(original(*args, **kwargs))
-        return found[-1]
-
-    Reader.open = opened
-    try:
-        yield found
-    finally:
-        Reader.open = original
-
-
-def tensors_of(model) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
-def ties(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
-    """For each tensor the names it has."""
-    return [[name for name, other in tensors.items() if other is tensor] for tensor in tensors.values()]
-
-
-def assert_same(whole, ours) -> None:
-    """Two sharded models that are equal to the bit, with equal records."""
-    expected, found = tensors_of(whole), tensors_of(ours)
-    assert list(expected) == list(found)
-    for name, tensor in expected.items():
-        other = found[name]
-        assert (other.dtype, other.shape, other.device) == (tensor.dtype, tensor.shape, tensor.device), name
-        assert torch.equal(other, tensor), name
-        assert other.requires_grad == tensor.requires_grad, name
-        for note in ("tp_layout", "tensor_model_parallel"):
-            assert getattr(other, note, None) == getattr(tensor, note, None), (name, note)
-        assert isinstance(other, torch.nn.Parameter) == isinstance(tensor, torch.nn.Parameter)
-    assert [type(module) for module in ours.modules()] == [type(module) for module in whole.modules()]
-    assert ties(expected) == ties(found)
-    one, other = state_of(whole), state_of(ours)
-    assert (one.layouts, one.shapes, one.linears, one.plan) == (other.layouts, other.shapes, other.linears, other.plan)
-    assert other.equalised == ()
-    assert whole.training == ours.training is False
-    assert (
-        vars(whole.generation_config or object) == vars(ours.generation_config or object)
-        if whole.can_generate()
-        else True
-    )
-    assert whole.config.to_dict() == ours.config.to_dict()
 
 
 def both(kind, folder: str, config: tp_plugin.TensorParallelConfig, **options):
@@ -418,10 +367,10 @@ def two_models_under_zero3():
 
 def rules_that_were_inferred():
     """They stand trial with weights that have not been read, which leaves the random generator as it was."""
-    model = custom.HomeModel(custom.HomeConfig(num_layers=2))
+    model = custom_models.HomeModel(custom_models.HomeConfig(num_layers=2))
     with folder_for(model) as folder:
         config = tp_plugin.TensorParallelConfig(tp_size=2, quiet=True)
-        whole, ours = both(custom.HomeModel, folder, config)
+        whole, ours = both(custom_models.HomeModel, folder, config)
         assert_same(whole, ours)
         assert "stack.0.mixer.wq" in state_of(ours).plan.inferred()
 
@@ -443,7 +392,7 @@ def test_an_odd_checkpoint_is_loaded_as_transformers_does(name):
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_on_four_ranks(name):
+def test_four_ranks_load_their_slices(name):
     values(launched(4, __name__, WIDE), name)
 
 
@@ -470,16 +419,6 @@ CASES: dict[tuple[int, int], list[dict]] = {
 }
 
 
-def run_cases(tp: int, cases: list[dict]) -> list[dict[str, float] | str]:
-    results: list[dict[str, float] | str] = []
-    for case in cases:
-        try:
-            results.append(compare(tp=tp, **case))
-        except Exception:
-            results.append(traceback.format_exc())
-    return results
-
-
 @functools.cache
 def trained(world: int, tp: int) -> list:
     return on_ranks(world, run_cases, tp, CASES[world, tp], timeout_s=600)
@@ -490,7 +429,4 @@ PARAMETERS = [(world, tp, index) for (world, tp), cases in CASES.items() for ind
 
 @pytest.mark.parametrize(("world", "tp", "index"), PARAMETERS, ids=lambda value: str(value))
 def test_what_was_loaded_by_slices_trains_like_one_process(world, tp, index):
-    for result in trained(world, tp):
-        errors = result[index]
-        assert isinstance(errors, dict), errors
-        assert all(errors[key] <= limit for key, limit in LIMITS.items()), errors
+    assert_within(LIMITS, [results[index] for results in trained(world, tp)])

@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 
 import tp_plugin
-from tests.support import zoo
-from tests.support.cases import launched, sentence
+from tests.support import custom_models, zoo
+from tests.support.batched_cases import launched, sentence
+from tests.support.configs import config_for
 from tests.support.models import make
 from tests.support.ranks import on_ranks
-from tests.support.train import config_for
-from tests.verify import custom
 from tp_plugin.errors import TensorParallelError, meet
-from tp_plugin.integrations.transformers import load
+from tp_plugin.integrations.transformers import from_pretrained
 from tp_plugin.weights.reader import Reader
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -194,24 +193,24 @@ def fails_on_one_rank(place: str, how=lambda folder: None) -> None:
 
 
 def comparing_fails_on_one_rank():
-    fails_on_one_rank("tp_plugin.sharding.equal.fingerprint")
+    fails_on_one_rank("tp_plugin.sharding.sync_params.fingerprint")
 
 
 def sharing_what_is_new_fails_on_one_rank():
     def other_head(folder: Path) -> None:
         edit(folder / "config.json", lambda config: config.update(architectures=["LlamaForSequenceClassification"]))
 
-    fails_on_one_rank("tp_plugin.weights.load.comm_device", other_head)
+    fails_on_one_rank("tp_plugin.weights.checkpoint_view.comm_device", other_head)
 
 
 def installing_fails_on_one_rank():
-    fails_on_one_rank("tp_plugin.integrations.transformers.load.watched")
+    fails_on_one_rank("tp_plugin.integrations.transformers.sharded_load.watched")
 
 
 def inferred_rules_are_wrong():
-    folder = saved(custom.HomeModel(custom.HomeConfig(mixing=True, num_layers=2)))
+    folder = saved(custom_models.HomeModel(custom_models.HomeConfig(mixing=True, num_layers=2)))
     try:
-        tp_plugin.from_pretrained(folder, model_class=custom.HomeModel)
+        tp_plugin.from_pretrained(folder, model_class=custom_models.HomeModel)
     finally:
         shutil.rmtree(folder.parent)
 
@@ -298,7 +297,7 @@ def state_dict_under_zero3():
 
 DAMAGED = r"'./model/model-00002-of-00003.safetensors' is cut short or damaged"
 SENTENCES = {
-    "truncated": rf"{DAMAGED}: \d+ bytes where its header speaks of \d+; copy",
+    "truncated": rf"{DAMAGED}: \d+ bytes where its header says \d+; copy",
     "truncated_on_one_rank": rf"{DAMAGED}.* \[on rank 1\]",
     "header_flipped": rf"{DAMAGED}: its header cannot be read",
     "header_flipped_on_one_rank": rf"{DAMAGED}.* \[on rank 0\]",
@@ -328,7 +327,7 @@ SENTENCES = {
     "device_map": r"device_map= cannot be given .* \(DeepSpeed moves the shards to their device\); leave it out",
     "hub_kernels": r"use_kernels= cannot be given .* \(the forwards it replaces would bypass sharded layers",
     "adapter": r"adapter' is an adapter; load its base model and put the adapter on it with PEFT",
-    "state_dict_under_zero3": r"state_dict= cannot be given .* \(it is whole on every rank already",
+    "state_dict_under_zero3": r"state_dict= cannot be given .* \(every rank has the full tensors already",
 }
 
 
@@ -352,7 +351,7 @@ def one_comes_late():
     if dist.get_rank() == 1:
         time.sleep(1.5)
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "meet", functools.partial(meet, patience=0.3))
+        patch.setattr(from_pretrained, "meet", functools.partial(meet, patience=0.3))
         with pytest.raises(TensorParallelError, match="there is no directory"):
             tp_plugin.from_pretrained("/no/such/model")
     return said.getvalue()

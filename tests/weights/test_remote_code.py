@@ -11,8 +11,9 @@ import torch.distributed as dist
 import transformers
 
 import tp_plugin
+from tests.support.loaded import assert_same, tensors_of
 from tests.support.ranks import ROOT, errors_on_ranks, on_ranks
-from tests.weights.test_load import assert_same, tensors_of
+from tp_plugin.param_info import layout_of
 
 MARK = "ran"
 
@@ -20,9 +21,9 @@ MARK = "ran"
 @pytest.fixture
 def folder(tmp_path):
     """A model at home with its code, which leaves a mark beside it when it runs."""
-    from tests.verify.custom import HomeConfig, HomeModel
+    from tests.support.custom_models import HomeConfig, HomeModel
 
-    code = (ROOT / "tests/verify/custom.py").read_text()
+    code = (ROOT / "tests/support/custom_models.py").read_text()
     torch.manual_seed(0)
     HomeModel(HomeConfig(hidden_size=64, num_layers=2)).save_pretrained(tmp_path / "home")
     mark = f"\n\nfrom pathlib import Path\nPath({str(tmp_path / MARK)!r}).touch()\n"
@@ -60,7 +61,7 @@ def trusted(folder: Path):
     assert tensors_of(again).keys() == start.keys()
     assert all(torch.equal(tensor, start[name]) for name, tensor in tensors_of(again).items())
     dist.barrier()
-    return type(again).__module__, sum(hasattr(param, "tp_layout") for param in ours.parameters())
+    return type(again).__module__, sum(layout_of(param) is not None for param in ours.parameters())
 
 
 def test_on_request_it_is_loaded_by_slices_and_saved_with_its_code(folder):

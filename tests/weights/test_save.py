@@ -21,14 +21,15 @@ from transformers import core_model_loading
 
 import tp_plugin
 from benchmarks.live_bytes import LiveBytes
+from tests.support.configs import config_for
 from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.resume import BF16, BF16_OPTIMIZER, worst_difference
-from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
+from tests.support.train import engine_for, loss_of, micro_batches, optimizer_for
 from tp_plugin.errors import meet
-from tp_plugin.integrations.deepspeed.held import partition, partition_range
-from tp_plugin.integrations.deepspeed.store import layout_of
+from tp_plugin.integrations.deepspeed.checkpoint.optimizer_fragments import checkpoint_layout
 from tp_plugin.integrations.transformers import export
+from tp_plugin.integrations.zero3 import partition_data
 from tp_plugin.layout import ShardLayout
 from tp_plugin.sharding import state_of
 from tp_plugin.weights import stream
@@ -62,9 +63,7 @@ def steps(engine, numbers):
 def parts(engine):
     """What this rank holds of each parameter; under ZeRO-3 without the padding, which nobody sets."""
     return {
-        name: partition(param)[: partition_range(param)[1] - partition_range(param)[0]]
-        if hasattr(param, "ds_id")
-        else param.detach()
+        name: partition_data(param) if hasattr(param, "ds_id") else param.detach()
         for name, param in engine.module.named_parameters()
     }
 
@@ -75,7 +74,7 @@ def put_together(engine):
     dist.all_gather_object(every, parts(engine))
     whole = {}
     for name, param in engine.module.named_parameters():
-        layout = layout_of(param, tp)
+        layout = checkpoint_layout(param, tp)
         shards = []
         for rank in range(TP):
             mine = [every[other][name] for other in range(rank, len(every), TP)]

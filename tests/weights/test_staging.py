@@ -111,7 +111,7 @@ def test_a_folder_that_was_removed_under_us_is_said(tmp_path):
     with Staging(tmp_path) as staging:
         staging.path.rmdir()
         staging.path.mkdir()
-        with pytest.raises(OSError, match="somebody removed"):
+        with pytest.raises(OSError, match="another process removed"):
             staging.move_in()
 
 

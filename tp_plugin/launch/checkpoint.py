@@ -1,4 +1,4 @@
-"""``tp-plugin inspect`` and ``tp-plugin export``: engine checkpoints looked at and turned into HF directories."""
+"""``tp-plugin inspect``: find an engine checkpoint, and report on it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.weights.container import dtype_named
+from tp_plugin.integrations.checkpoint_folders import LATEST, checkpoints_in
+from tp_plugin.weights.fragments import damage_of
 from tp_plugin.weights.manifest import FILE, WEIGHT, Manifest
-from tp_plugin.weights.whole import LATEST, candidates, examine
+from tp_plugin.weights.safetensors_file import dtype_named
 
 
 def found(path: Path) -> Path:
-    """The checkpoint that a path means: itself, the one its ``latest`` names, or the newest under it.
+    """The checkpoint at ``path``: itself, the one that its ``latest`` names, or the newest in it.
 
     Raises:
         TensorParallelError: there is none.
@@ -23,16 +24,16 @@ def found(path: Path) -> Path:
     latest = path / LATEST
     if latest.is_file():
         return path / latest.read_text(errors="replace").strip()
-    newest = candidates(path) if path.is_dir() else []
+    newest = checkpoints_in(path) if path.is_dir() else []
     if not newest:
         raise TensorParallelError(f"there is no checkpoint of tp_plugin's at {str(path)!r}.")
     return newest[0]
 
 
 def report(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds and whether it is whole, as JSON; ``problem`` is None for a whole one."""
+    """Content of a checkpoint and its validity, for JSON; ``problem`` is None for a valid one."""
     checkpoint = found(path)
-    problem = examine(checkpoint)
+    problem = damage_of(checkpoint)
     said: dict[str, Any] = {"checkpoint": str(checkpoint), "whole": problem is None, "problem": problem}
     try:
         manifest = Manifest.load(checkpoint)

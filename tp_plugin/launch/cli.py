@@ -1,24 +1,32 @@
-"""``tp-plugin``: what would be sharded, whether it is right, and for which architectures.
+"""``tp-plugin``: plans, checks and coverage of models; engine checkpoints; a look at the environment.
 
-tp-plugin plan llama --tp 2
-tp-plugin check meta-llama/Llama-3.1-8B --tp 4
-tp-plugin coverage --tp 2 --output docs/coverage.md
-tp-plugin inspect out/checkpoint-500
-tp-plugin export out/checkpoint-500 model
+``tp-plugin plan llama --tp 2``
+``tp-plugin plan llama --as-rules``
+``tp-plugin check meta-llama/Llama-3.1-8B --tp 4``
+``tp-plugin check path/to/model --deepspeed-config ds.json --import my_rules.py``
+``tp-plugin coverage --tp 2 --output docs/coverage.md``
+``tp-plugin inspect out/checkpoint-500``
+``tp-plugin export out/checkpoint-500 model``
+``tp-plugin doctor``
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import dataclasses
+import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import tp_plugin
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError
 
@@ -28,7 +36,11 @@ EXIT = {"equal": 0, "differs": 1, "broken": 1, "refused": 3, "untested": 4}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    needs_degree = options.command is check or (options.command is plan and not options.as_rules)
+    if needs_degree and not (options.tp or options.deepspeed_config):
+        parser.error("--tp N or --deepspeed-config FILE must say how many ranks there are")
     torch.set_num_threads(1)  # ranks are forked, and a fork cannot use its parent's threads
     from transformers import logging
 
@@ -42,35 +54,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tp-plugin", description="Tensor parallelism for HuggingFace models.")
+    parser.add_argument("--version", action="version", version=f"tp-plugin {tp_plugin.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for name, function, summary in (
-        ("plan", plan, "print how a model would be sharded; needs no weights"),
-        ("check", check, "run a small copy of a model sharded and unsharded on this CPU and compare"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("model", help="a hub id, a local directory, a model type (llama) or a class (LlamaConfig)")
-        command.add_argument("--tp", type=_degree, required=True, metavar="N", help="ranks to shard over")
-        command.add_argument("--trust-remote-code", action="store_true", help="run the code of the checkpoint")
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         command.set_defaults(command=function)
-    summary = "tell an engine checkpoint's shape, step, sizes and health"
-    command = commands.add_parser("inspect", help=summary, description=summary)
-    command.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder with some: the latest of them")
-    command.add_argument("--json", action="store_true", help="for programs")
-    command.set_defaults(command=inspect)
-    summary = "write an engine checkpoint as an HF directory, in this process, without a GPU"
-    command = commands.add_parser("export", help=summary, description=summary)
-    command.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder with some: the latest of them")
-    command.add_argument("out", type=Path, help="the directory to write; a model in it is replaced")
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (5GB)")
-    command.set_defaults(command=export)
-    command = commands.add_parser("coverage", help="check every architecture of transformers, write a table")
-    command.add_argument("--tp", type=_degree, default=2, metavar="N", help="ranks to shard over (2)")
-    command.add_argument("--only", metavar="PATTERNS", help="model types, comma-separated, * allowed")
-    command.add_argument("--jobs", type=int, default=2, metavar="N", help="architectures at a time (2)")
-    command.add_argument("--output", type=Path, metavar="FILE", help="a .md; a .json is kept beside it (none)")
-    command.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for each architecture (120)")
-    command.add_argument("--fresh", action="store_true", help="forget what the .json has of these versions")
-    command.set_defaults(command=coverage)
+        return command
+
+    planner = add("plan", plan, "print how a model would be sharded; needs no weights")
+    planner.add_argument(
+        "--as-rules",
+        nargs="?",
+        choices=("json", "python"),
+        const="json",
+        help="print rules to edit instead: the tp_plugin block of a DeepSpeed config (json), or a module that "
+        "registers a family (python)",
+    )
+    checker = add("check", check, "run a small copy of a model sharded and unsharded on this CPU and compare them")
+    for command in (planner, checker):
+        command.add_argument("model", help="a hub id, a local directory, a model type (llama) or a class (LlamaConfig)")
+        command.add_argument("--tp", type=_degree, metavar="N", help="ranks to shard over (as the config says)")
+        command.add_argument(
+            "--deepspeed-config",
+            type=Path,
+            metavar="FILE",
+            help="a DeepSpeed config whose tensor_parallel.autotp_size and tp_plugin block count (none)",
+        )
+        command.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="a Python file or module to import first, which registers models, families or packings; repeatable",
+        )
+        command.add_argument("--trust-remote-code", action="store_true", help="run the code of the checkpoint")
+    inspector = add(
+        "inspect", inspect, "print the topology, step and sizes of an engine checkpoint, and whether it is valid"
+    )
+    exporter = add("export", export, "write an engine checkpoint as an HF directory, in this process, without a GPU")
+    for command in (inspector, exporter):
+        command.add_argument(
+            "checkpoint", type=Path, help="a checkpoint, or a folder of checkpoints: the latest counts"
+        )
+    inspector.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    exporter.add_argument("out", type=Path, help="the directory to write; a model in it is replaced")
+    exporter.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size limit of a weight file (5GB)")
+    covering = add("coverage", coverage, "check every architecture of the installed transformers and write a table")
+    covering.add_argument("--tp", type=_degree, default=2, metavar="N", help="ranks to shard over (2)")
+    covering.add_argument("--only", metavar="PATTERNS", help="model types, comma-separated, * allowed (all)")
+    covering.add_argument("--jobs", type=int, default=2, metavar="N", help="architectures checked at a time (2)")
+    covering.add_argument("--output", type=Path, metavar="FILE", help="a .md; a .json is kept beside it (none)")
+    covering.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for an architecture (120)")
+    covering.add_argument("--fresh", action="store_true", help="check again what the .json has of these versions")
+    doctor = add("doctor", examine, "report libraries, features, devices and variables, and try two ranks")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    doctor.add_argument("--no-test", action="store_true", help="leave out the trial on two ranks")
     return parser
 
 
@@ -81,43 +121,86 @@ def _degree(text: str) -> int:
     return degree
 
 
-def plan(options: argparse.Namespace) -> int:
-    """Print the plan of the full-size model."""
-    from tp_plugin.plans import plan_for
-    from tp_plugin.verify.check import on_meta
-    from tp_plugin.verify.subject import subject_of
+def _options(options: argparse.Namespace) -> TensorParallelConfig:
+    """The user's config with the command line's degree, after the user's own modules are imported."""
+    for name in options.imports:
+        _import(name)
+    config = TensorParallelConfig()
+    if options.deepspeed_config is not None:
+        config = TensorParallelConfig.from_deepspeed(options.deepspeed_config)
+        if options.tp is None and config.tp_size == 1 and not getattr(options, "as_rules", None):
+            raise TensorParallelError(
+                f"{str(options.deepspeed_config)!r} has no tensor_parallel.autotp_size above 1; add it, or --tp N."
+            )
+    return dataclasses.replace(config, tp_size=options.tp or config.tp_size, quiet=True)
 
-    subject = subject_of(options.model, trust_remote_code=options.trust_remote_code)
-    found = plan_for(on_meta(subject.model_class, subject.config), options.tp)
+
+def _import(name: str) -> None:
+    sys.path.insert(0, str(Path(name).resolve().parent if name.endswith(".py") else Path.cwd()))
+    try:
+        importlib.import_module(Path(name).stem if name.endswith(".py") else name)
+    except ImportError as failure:
+        raise TensorParallelError(f"cannot import {name!r}: {failure}; give a Python file or a module.") from failure
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the plan of the full-size model, or its rules."""
+    from tp_plugin.model_check.check import on_meta
+    from tp_plugin.model_check.resolve_model import resolve_model
+    from tp_plugin.plans import plan_as
+
+    config = _options(options)
+    subject = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
+    model = on_meta(subject.model_class, subject.config)
+    if options.as_rules:
+        print(_rules(model, config, options.as_rules))
+        return 0
+    found = plan_as(model, config)
     print(found.describe())
     if found.inferred():
         print("  inferred rules are tried on a small copy before a model is sharded: tp-plugin check does so now")
     return 0
 
 
+def _rules(model: Any, config: TensorParallelConfig, kind: str) -> str:
+    from tp_plugin.plans.resolve import matched_rules
+    from tp_plugin.plans.suggest import as_json, as_python, skeleton
+
+    modules = dict(model.named_modules())
+    _, matched, _ = matched_rules(model, modules, config.plan, inferring=config.infer != "off")
+    rules = skeleton(modules, matched, family=kind == "python")
+    return as_json(rules) if kind == "json" else as_python(rules, model.config.model_type)
+
+
 def check(options: argparse.Namespace) -> int:
-    """Print the plan, what a rank would hold, and how the small copy's figures compare."""
-    from tp_plugin.verify.check import check as examine
-    from tp_plugin.verify.parity import LIMITS
-    from tp_plugin.verify.subject import subject_of
+    """Print the plan, the shares of the ranks, and the errors of the small copy."""
+    from tp_plugin.model_check.check import check as examine
+    from tp_plugin.model_check.parity import LIMITS
+    from tp_plugin.model_check.resolve_model import resolve_model
 
     started = time.monotonic()
-    subject = subject_of(options.model, trust_remote_code=options.trust_remote_code)
-    found = examine(subject.model_class, subject.config, TensorParallelConfig(tp_size=options.tp, quiet=True))
+    config = _options(options)
+    subject = resolve_model(options.model, trust_remote_code=options.trust_remote_code)
+    found = examine(subject.model_class, subject.config, config)
     print(f"{subject.model_class.__name__} of {subject.name}")
-    if found.whole.plan:
-        print(found.whole.plan)
+    if found.full.plan:
+        print(found.full.plan)
         print(
-            f"  {found.whole.parameters:,} parameters; the fullest rank holds {found.whole.fraction:.1%}, "
-            f"the mean rank {found.whole.mean:.1%}"
+            f"  {found.full.parameters:,} parameters; the fullest rank holds {found.full.fraction:.1%}, "
+            f"the mean rank {found.full.mean:.1%}"
         )
     for name, error in found.parity.errors.items():
         where = f" ({found.parity.worst})" if name == "gradient" and found.parity.worst else ""
         print(f"  {name:<8} relative error {error:.1e}, limit {LIMITS[name]:.0e}{where}")
+    if found.parity.errors:
+        print(
+            f"  compared: {', '.join(found.parity.errors)} of the model's own loss on a small copy; a trainer's "
+            "loss is compared before its first step"
+        )
     for name in found.parity.unreached:
         print(f"  not reached by the trial's inputs: {name}")
-    verdict = "refused" if found.whole.refused and found.parity.verdict == "equal" else found.parity.verdict
-    reason = found.whole.refused if verdict == "refused" and found.whole.refused else found.parity.sentence
+    verdict = "refused" if found.full.refused and found.parity.verdict == "equal" else found.parity.verdict
+    reason = found.full.refused if verdict == "refused" and found.full.refused else found.parity.sentence
     if found.remedy:
         print(f"  passes with these rules of your own: {json.dumps({'plan': found.remedy})}")
     print(f"{verdict.upper()}{': ' + reason if reason else ''} ({time.monotonic() - started:.0f} s)")
@@ -125,9 +208,9 @@ def check(options: argparse.Namespace) -> int:
 
 
 def coverage(options: argparse.Namespace) -> int:
-    """Examine architectures, print each as it is found, write the table."""
-    from tp_plugin.verify import coverage as cover
-    from tp_plugin.verify.table import markdown
+    """Check architectures, print each result as it comes, write the table."""
+    from tp_plugin.model_check import coverage as cover
+    from tp_plugin.model_check.coverage import markdown
 
     names = cover.chosen(options.only)
     if not names:
@@ -156,7 +239,7 @@ def coverage(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Print what a checkpoint is; exit code 1 where it is damaged."""
+    """Print a report on a checkpoint; exit code 1 where it is damaged."""
     from tp_plugin.launch.checkpoint import described, report
 
     said = report(options.checkpoint)
@@ -165,18 +248,38 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Examine a checkpoint and write it as an HF directory."""
-    from tp_plugin.integrations.transformers import offline
+    """Validate a checkpoint and write it as an HF directory."""
+    from tp_plugin.integrations.transformers import checkpoint_to_hf
     from tp_plugin.launch.checkpoint import found
-    from tp_plugin.weights.whole import examine
+    from tp_plugin.weights.fragments import damage_of
 
     checkpoint = found(options.checkpoint)
-    damage = examine(checkpoint)
+    damage = damage_of(checkpoint)
     if damage:
         raise TensorParallelError(damage)
-    names = offline.export(checkpoint, options.out, max_shard_size=options.max_shard_size)
+    names = checkpoint_to_hf.export(checkpoint, options.out, max_shard_size=options.max_shard_size)
     print(f"{checkpoint} written as {options.out}: {', '.join(names)}")
     return 0
+
+
+def examine(options: argparse.Namespace) -> int:
+    """Print the report; exit code 3 where a feature is refused, 1 where the two ranks differ from one process."""
+    from tp_plugin.launch import doctor
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there
+        lines = [*doctor.diagnose(), *([] if options.no_test else [doctor.self_test()])]
+    width = max(len(line.subject) for line in lines)
+    part = ""
+    for line in lines:
+        if options.json:
+            print(json.dumps(dataclasses.asdict(line)))
+            continue
+        if line.part != part:
+            part = line.part
+            print(part)
+        print(f"  {line.state:<4}  {line.subject:<{width}}  {line.text}")
+    lost = {line.part for line in lines if line.state == "lost"}
+    return EXIT["broken"] if "self-test" in lost else EXIT["refused"] if lost else 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def documents(data: DataRecipe) -> Iterator[str]:
 
 
 def blocks(data: DataRecipe, tokenizer: Any, *, seed: int, cache: Path) -> tuple[Blocks, Blocks]:
-    """Tokenise, join and cut the documents, once: what was made is kept in ``cache`` and mapped from there.
+    """Tokenise, join and split the documents into blocks, once: the result is cached in ``cache`` and memory-mapped.
 
     Call it on one process of a host first.
 
@@ -112,7 +112,7 @@ def _tokens(data: DataRecipe, tokenizer: Any, seed: int) -> numpy.ndarray:
 
 
 def _fingerprint(data: DataRecipe, tokenizer: Any, seed: int) -> str:
-    """Names what the tokens depend on: the source, its files' sizes and times, the tokenizer, the cut."""
+    """A hash of what the tokens depend on: the source, its files' sizes and times, the tokenizer, the block length."""
     patterns = data.text_files or data.jsonl_files or []
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(patterns, "data")]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -3,9 +3,8 @@
     accelerate launch --config_file recipes/accelerate/tp2_zero1.yaml -m tp_plugin.finetune RECIPE.yaml [key=value ...]
     deepspeed --num_gpus 4 --module tp_plugin.finetune RECIPE.yaml [key=value ...]
 
-There is no trainer of ours here. The recipe says what is trained (:mod:`tp_plugin.launch.recipe`), the DeepSpeed config
-how it is spread; Trainer trains, and what it leaves is an ordinary HF directory, which a plain process of transformers
-is then made to load, to check and to write a sample with.
+The recipe (:mod:`tp_plugin.launch.recipe`) names model and data, the DeepSpeed config the sharding. Trainer trains and
+leaves an ordinary HF directory. A plain process of transformers then loads it, checks it and writes a sample.
 """
 
 from __future__ import annotations
@@ -27,22 +26,21 @@ import torch.distributed as dist
 
 import tp_plugin
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.launch.build import build_model, build_tokenizer, is_missing
-from tp_plugin.launch.check import reference, visit_plainly
+from tp_plugin.integrations.checkpoint_folders import LATEST_GOOD, newest_whole
 from tp_plugin.launch.data import Blocks, blocks, documents
-from tp_plugin.launch.load import load_model
+from tp_plugin.launch.export_check import reference, visit_plainly
+from tp_plugin.launch.model import build_model, build_tokenizer, is_missing, load_model
 from tp_plugin.launch.recipe import Recipe, load_recipe
 from tp_plugin.mesh import check_world
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.whole import LATEST_GOOD, newest_whole
 
 PATIENCE = timedelta(hours=12)
-"""Of the world's process group: one process tokenises, or visits the export, while the others wait in a collective. The
-groups in which a step waits are others, and keep their libraries' timeouts."""
+"""Timeout of the world's process group: one process tokenises or checks the export while the others wait. A training
+step waits in other groups, which keep their libraries' timeouts."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. What a user can correct ends in one sentence on stderr and exit code 1."""
+    """Run the command line. An error that the user can correct is one sentence on stderr, with exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m tp_plugin.finetune", description=__doc__.split("\n")[0])
     parser.add_argument("recipe", help="YAML file, see recipes/README.md")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=5")
@@ -75,7 +73,7 @@ def finetune(recipe: Recipe, resume: str | None = None) -> None:
     state = _join()
     check_world(config.tp_size)
 
-    from transformers import Trainer, default_data_collator
+    from transformers import ProgressCallback, Trainer, default_data_collator
 
     tokenizer, train_set, held_out = _prepare(recipe, state)
     # Before TrainingArguments: with ZeRO-3 their mere existence makes from_pretrained partition over the whole world.
@@ -93,6 +91,9 @@ def finetune(recipe: Recipe, resume: str | None = None) -> None:
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_bar_after_first_step())
+    _say(f"checkpoints and the trained model go to {recipe.output_dir}")
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=_resumed(recipe, resume))
     seconds = time.monotonic() - start
@@ -107,14 +108,40 @@ def finetune(recipe: Recipe, resume: str | None = None) -> None:
     agree(_visit(recipe, expected) if state.is_main_process else None)
 
 
+def _bar_after_first_step() -> Any:
+    """Trainer's progress bar, drawn after the first step, so that messages of the first step come before it."""
+    from transformers import ProgressCallback
+
+    class BarAfterFirstStep(ProgressCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            """Draw nothing yet."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and self.training_bar is None:
+                super().on_train_begin(args, state, control, **kwargs)
+            super().on_step_end(args, state, control, **kwargs)
+
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        ) -> None:
+            if self.training_bar is not None:
+                super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.training_bar is not None:
+                super().on_train_end(args, state, control, **kwargs)
+
+    return BarAfterFirstStep
+
+
 def _size(model: Any) -> int:
-    """Parameters of the whole model, of which a rank may hold shards."""
+    """Number of parameters of the full model; a rank may have shards of them."""
     record = state_of(model)
     return model.num_parameters() if record is None else sum(map(math.prod, record.shapes.values()))
 
 
 def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
-    """Whether accelerate started us with DeepSpeed, and the path of the DeepSpeed config that counts."""
+    """Return if accelerate started this process with DeepSpeed, and the path of the DeepSpeed config."""
     if "RANK" not in os.environ:
         raise TensorParallelError("start it with accelerate launch, deepspeed or torchrun, not with plain python.")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
@@ -134,7 +161,7 @@ def _deepspeed_config(recipe: Recipe) -> tuple[bool, str]:
 
 
 def _join() -> Any:
-    """The process group, through accelerate so that Trainer finds it, and this rank's place in it."""
+    """Create the process group through accelerate, so that Trainer finds it; the state has this rank's place in it."""
     from accelerate import PartialState
 
     _quieten()
@@ -152,7 +179,7 @@ def _join() -> Any:
 
 
 def _quieten() -> None:
-    """Without this the one bar and the losses drown: DeepSpeed logs dozens of lines a rank, every rank shows bars."""
+    """Silence DeepSpeed's log lines and the progress bars of all ranks but one, so that bar and losses are seen."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls DeepSpeed makes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -163,7 +190,7 @@ def _quieten() -> None:
 
 
 def _prepare(recipe: Recipe, state: Any) -> tuple[Any, Blocks, Blocks]:
-    """Tokenizer, training blocks and held-out blocks; what does not exist yet is made by one process, the rest wait."""
+    """Tokenizer, training blocks and held-out blocks; one process makes missing ones while the others wait."""
     from transformers import AutoTokenizer
 
     path = recipe.tokenizer.path or recipe.model.path
@@ -192,7 +219,7 @@ def _resumed(recipe: Recipe, resume: str | None) -> str | None:
         return resume
     newest = newest_whole(Path(recipe.output_dir), for_trainer=True)
     if newest is None:
-        _say(f"no whole checkpoint in {recipe.output_dir}: training begins anew")
+        _say(f"no whole checkpoint in {recipe.output_dir}: training starts from step 0")
         return None
     return str(newest.parent)
 
@@ -211,7 +238,7 @@ def _build(recipe: Recipe, tokenizer_path: str) -> None:
 
 
 def _sentence(action: Any) -> str | None:
-    """What ``action()`` has to complain about, for :func:`agree`: a rank must not leave the others waiting."""
+    """Call ``action`` and return its failure for :func:`agree`: a rank must not leave the others waiting."""
     try:
         action()
     except TensorParallelError as failure:

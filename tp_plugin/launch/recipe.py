@@ -1,7 +1,7 @@
-"""The recipe of a fine-tuning run: frozen dataclasses, and a strict reader that turns YAML into them.
+"""Recipes of fine-tuning runs: frozen dataclasses, and a strict reader that turns YAML into them.
 
-A recipe says what is trained on what. How it is spread over the devices is not its business: tensor parallelism and
-ZeRO come from the DeepSpeed config alone.
+A recipe names the model, the data and the options of training. Tensor parallelism and ZeRO come from the DeepSpeed
+config alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tp_plugin.errors import TensorParallelError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """Which model is trained.
+    """The model to train.
 
     Attributes:
         path: a hub id, or a directory in HF format.
@@ -29,7 +29,7 @@ class ModelRecipe:
         attn_implementation: as in ``from_pretrained``; None leaves the choice to transformers.
         revision: a branch, tag or commit of the hub repository.
         trust_remote_code: run model code that comes with the weights.
-        text_only: of a checkpoint that takes images or sound too, train and save the language model alone.
+        text_only: of a multimodal checkpoint, train and save the language model alone.
         build: a model config (``model_type`` and its options). When ``path`` does not exist, a model of this shape with
             random weights is written there first; its vocabulary is the tokenizer's.
     """
@@ -45,7 +45,7 @@ class ModelRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRecipe:
-    """Which tokenizer goes with it.
+    """The tokenizer.
 
     Attributes:
         path: a hub id or a directory; None takes the model's.
@@ -58,17 +58,17 @@ class TokenizerRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """The text, cut into blocks of ``sequence_length`` tokens. Name exactly one of the three sources.
+    """The text, split into blocks of ``sequence_length`` tokens. Name exactly one of the three sources.
 
     Attributes:
         text_files: patterns of text files, a file a document; ``{stdlib}`` is the folder of Python's standard library.
-        jsonl_files: patterns of files that hold a JSON object a line.
+        jsonl_files: patterns of files with a JSON object a line.
         dataset: a dataset name on the hub or a directory, for ``datasets.load_dataset``.
         dataset_config: the dataset's configuration name.
         split: its split.
-        text_field: the field of a JSON line or a dataset row that holds the text.
-        sequence_length: tokens a block. Documents are shuffled, joined by the end-of-text token and cut; the remainder
-            at the very end is dropped.
+        text_field: the field of a JSON line or a dataset row that has the text.
+        sequence_length: tokens a block. Documents are shuffled, joined by the end-of-text token and split;
+            the remainder at the end is dropped.
         validation_fraction: share of the blocks that is held out, at least one block unless 0.
     """
 
@@ -111,7 +111,7 @@ class TrainingRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRecipe:
-    """What is generated from the finished model, and how closely the export is checked.
+    """The sample from the finished model, and the check of the export.
 
     Attributes:
         prompt: the text to continue; None generates nothing.

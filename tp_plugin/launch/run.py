@@ -1,19 +1,25 @@
-"""Run a user's own training script, unmodified, with our layers and loss in DeepSpeed's AutoTP slot.
+"""Run a user's own training script, unmodified, with tp_plugin registered.
 
-accelerate launch --config_file config.yaml -m tp_plugin.run train.py --its --own arguments
-deepspeed --num_gpus 8 --module tp_plugin.run train.py --deepspeed_config ds.json
-torchrun --nproc_per_node 8 -m tp_plugin.run -m package.train
+``accelerate launch --config_file config.yaml -m tp_plugin.run train.py --its --own arguments``
+``deepspeed --num_gpus 8 --module tp_plugin.run train.py --deepspeed_config ds.json``
+``torchrun --nproc_per_node 8 -m tp_plugin.run -m package.train``
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
+import random
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+import numpy
+import torch
 
 from tp_plugin.errors import TensorParallelError
 
@@ -21,13 +27,16 @@ USAGE = (
     "usage: python -m tp_plugin.run SCRIPT.py [ARGUMENTS...]   or   python -m tp_plugin.run -m MODULE [ARGUMENTS...]"
 )
 _OF_LAUNCHERS = ("--local_rank", "--local-rank")
+_OF_JOB = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Register, then run the script or module that ``arguments`` (default: the command line's) names, as ``__main__``.
 
-    What a launcher puts before the script's name (``--local_rank=N``) is handed on to the script, which would have
-    received it without us. Leaves by SystemExit with code 2 when there is nothing to run.
+    Ranks that have to draw alike start with one random state, see :func:`start_alike`.
+
+    Arguments that a launcher puts before the script's name (``--local_rank=N``) are passed to the script. Raises
+    SystemExit with code 2 when there is nothing to run.
     """
     launcher, rest = _split(list(sys.argv[1:] if arguments is None else arguments))
     if not rest or rest[0] in ("-h", "--help"):
@@ -50,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TensorParallelError as refused:
         raise SystemExit(f"tp_plugin: {refused}") from refused
 
+    start_alike(own)
     sys.argv = [target, *launcher, *own]
     if as_module:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -59,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What the launcher put in front, and the rest."""
+    """Arguments that the launcher put in front, and the rest."""
     count = 0
     while count < len(arguments) and arguments[count].split("=")[0] in _OF_LAUNCHERS:
         count += 1 if "=" in arguments[count] else 2
@@ -101,3 +111,50 @@ def _look_beside(script: str) -> None:
 def _refuse(message: str) -> NoReturn:
     print(f"python -m tp_plugin.run: {message}\n{USAGE}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def start_alike(arguments: Sequence[str]) -> None:
+    """Seed NumPy's and Python's generators alike on all ranks of a job, torch's alike on the ranks of a TP group.
+
+    Ranks of a TP group read the same rows. ``dataset.shuffle()`` without a seed, before a model or a process group
+    exists, would give each rank an order of its own.
+
+    A job of one process, or with no ``autotp_size`` above 1 in its DeepSpeed config, is left alone. Where no config is
+    known yet, torch's generator is left alone: data-parallel replicas may not share dropout masks.
+
+    Args:
+        arguments: the script's own, among which the name of the DeepSpeed config may be.
+    """
+    world, degree = int(os.environ.get("WORLD_SIZE", "1")), _degree(arguments)
+    if world == 1 or degree == 1:
+        return
+    seed = _seed_of_job(world)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    if degree is not None:
+        torch.manual_seed(seed + 1 + int(os.environ.get("RANK", "0")) // degree)
+
+
+def _degree(arguments: Sequence[str]) -> int | None:
+    """``tensor_parallel.autotp_size`` of the DeepSpeed config that the launcher or the command line names."""
+    from tp_plugin.integrations.accelerate.degree import degree_in
+
+    named = [os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""), *(text.split("=", 1)[-1] for text in arguments)]
+    for name in named:
+        if not name.endswith(".json"):
+            continue
+        try:
+            config = json.loads(Path(name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and ("tensor_parallel" in config or "zero_optimization" in config):
+            return degree_in(config)
+    return None
+
+
+def _seed_of_job(world: int) -> int:
+    """A number that the ranks of one launch share; on one host, another number in every launch."""
+    of_job = [os.environ.get(name, "") for name in _OF_JOB]
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "")) == str(world):
+        of_job.append(str(os.getppid()))  # the launcher's, which started all of them
+    return int.from_bytes(hashlib.sha256(" ".join(of_job).encode()).digest()[:6], "big")

@@ -1,10 +1,10 @@
-"""Dropout inside sharded regions: randomness derived from the default generator, not kept beside it.
+"""Dropout inside sharded regions: random numbers derived from the default generator.
 
-Where a tensor is sharded, masks must differ between the ranks of a TP group; where it is replicated they must agree.
-A second random stream would do, but ``torch.utils.checkpoint`` does not save it, and recomputation would draw other
-masks. So nothing is kept: on entry a seed is derived from the state of the default generator and the TP rank, and on
-exit the default generator goes on as if it had drawn once. Ranks in step before a region are in step after it, and
-whoever restores the default generator (checkpointing does) gets the same masks again.
+Masks of a sharded tensor must differ between the ranks of a TP group; masks of a replicated one must agree. A second
+random stream would do, but ``torch.utils.checkpoint`` does not save it, so recomputation would draw other masks.
+Instead, entering a region seeds the default generator from its own state and the TP rank. Leaving it restores the
+state, advanced by one draw. Ranks in step before a region are in step after it, and activation checkpointing, which
+restores the default generator, draws the same masks again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _STARTED: list[DerivedRandomness] = []
 class DerivedRandomness:
     """Random numbers of one region: started by its columns, stopped by its row.
 
-    Does nothing in a region whose block has no dropout switched on. No host synchronisation: the seed of a CUDA
-    generator is derived from its seed and offset, which live on the host.
+    Does nothing in a block without active dropout. There is no host synchronisation: seed and offset of a CUDA
+    generator are on the host.
     """
 
     def __init__(self, parent: nn.Module, tp_rank: int) -> None:
@@ -33,7 +33,7 @@ class DerivedRandomness:
         self._resume: tuple[torch.Generator, torch.Tensor] | None = None
 
     def active(self) -> bool:
-        """Whether a pass through the block now would draw random numbers."""
+        """True if a forward of the block now would draw random numbers."""
         if not self.parent.training:
             return False
         return any(m.training and getattr(m, name) > 0 for m, name in self.rates) or any(
@@ -41,7 +41,7 @@ class DerivedRandomness:
         )
 
     def start(self, device: torch.device) -> None:
-        """Seed the default generator of ``device`` for this rank, unless that is done already."""
+        """Seed the default generator of ``device`` for this rank, unless it is seeded already."""
         if self._resume is not None or not self.active():
             return
         generator = default_generator(device)
@@ -51,7 +51,7 @@ class DerivedRandomness:
         generator.manual_seed(_mix(seed + _mix(self.tp_rank + 1)) >> 1)
 
     def stop(self) -> None:
-        """Let the default generator go on from where it was when the region was entered."""
+        """Restore the state that the default generator had on entry."""
         if self._resume is not None:
             generator, state = self._resume
             self._resume = None
@@ -60,7 +60,7 @@ class DerivedRandomness:
 
 
 def draw_by_rank(dropout: nn.Module, tp_rank: int) -> None:
-    """Let ``dropout``, which is called with a sharded tensor outside of any region, drop otherwise on every rank."""
+    """Use a different mask per rank in ``dropout``, which gets a sharded tensor outside of any region."""
     random = DerivedRandomness(dropout, tp_rank)
 
     @torch.compiler.disable
@@ -76,9 +76,9 @@ def draw_by_rank(dropout: nn.Module, tp_rank: int) -> None:
 
 
 def draw_in_common(dropout: nn.Module) -> None:
-    """Let ``dropout``, which is called inside a region with a replicated tensor, drop the same on all ranks.
+    """Use one mask on all ranks in ``dropout``, which gets a replicated tensor inside a region.
 
-    For the length of its forward the default generator goes on in common; the region is then seeded anew.
+    During its forward the default generator has the common state; then the region is seeded again.
     """
     paused: list[DerivedRandomness] = []
 
@@ -99,12 +99,12 @@ def draw_in_common(dropout: nn.Module) -> None:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Whether a forward now, of the model or of any block in it, would drop anything, or jitter a router's input."""
+    """True if a forward now, of the model or any block in it, would use dropout or jitter a router's input."""
     return model.training and (has_dropout(model) or _has_noise(model))
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a training forward, of the model or of any block in it, would drop anything."""
+    """True if a training forward, of the model or any block in it, would use dropout."""
     return any(
         (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         or any(_is_rate(name, value) and value > 0 for name, value in vars(module).items())
@@ -113,7 +113,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _has_noise(model: nn.Module) -> bool:
-    """Numbers by these names are how strongly routers are jittered and how often inputs are masked."""
+    """True if an attribute is a router's jitter or the probability of masking inputs."""
     return any(
         re.search("jitter|noise|mask_.*prob", name) and isinstance(value, int | float) and value > 0
         for module in model.modules()
@@ -130,7 +130,7 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def _draw(generator: torch.Generator) -> int:
-    """A number that every rank with this generator state gets alike; moves the generator on."""
+    """A number that depends on the generator's state only; advances the generator."""
     if generator.device.type == "cpu":
         return int(torch.randint(0, 1 << 62, (1,), generator=generator).item())
     offset = generator.get_offset()

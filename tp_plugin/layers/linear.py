@@ -1,8 +1,14 @@
 """Column- and row-parallel linear layers (Megatron-LM, section 3), made out of the layer they replace.
 
-They subclass ``nn.Linear`` (transformers' ``Conv1D`` in :mod:`tp_plugin.layers.conv1d`) and are put in place by
-changing a module's class: the module, its ``nn.Parameter`` objects and their names survive. ``in_features`` and
-``out_features`` become the shard's, as ``weight.shape`` says.
+With ``Y = XW + b`` on two ranks, ``W`` is split by columns, or by rows together with the columns of ``X``::
+
+    column:  X [W1 | W2] + [b1 | b2] = [Y1 | Y2]       input replicated, output sharded
+
+    row:     [X1 | X2] [W1] + b = X1 W1 + X2 W2 + b    input sharded, output summed over the group
+                       [W2]
+
+``nn.Linear`` keeps its weight transposed, ``[out, in]``; transformers' ``Conv1D``, in
+:mod:`tp_plugin.layers.conv1d`, ``[in, out]``. ``in_features`` and ``out_features`` become the shard's.
 """
 
 from __future__ import annotations
@@ -13,94 +19,84 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_plugin.collectives import gather_from_region, reduce_from_region, split_to_region
-from tp_plugin.layers.partial import add_once
-from tp_plugin.layout import ShardLayout
-from tp_plugin.mesh import ParallelMesh
+from tp_plugin.layers.parallel_layer import ParallelLayer, in_place, take_heads
 
 
-class ColumnParallel(nn.Module):
-    """What column-parallel layers of every kind share: input replicated ``[..., in]``, output sharded ``[..., out]``.
+class _ParallelLinear(ParallelLayer):
+    """Common to linear layers: conversion of ``nn.Linear``, its subclasses and ``Conv1D``."""
 
-    The input's gradient is summed over the group by the :class:`~tp_plugin.layers.region.Region` whose door this
-    module shares with its siblings.
-    """
+    tp_replaces = nn.Linear
 
-    tp_mesh: ParallelMesh
-    tp_layout: ShardLayout
-    tp_gather: bool  # join the output for a consumer that is replicated
-    tp_outputs: tuple[int, ...] | None  # the held heads the output consists of, where it is not each of them once
+    @classmethod
+    def _tp_class_for(cls, module: nn.Module, equivalent: bool) -> type[nn.Module]:
+        if is_conv1d(module):
+            from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
 
-    def tp_setup(
-        self, mesh: ParallelMesh, layout: ShardLayout, *, gather: bool = False, outputs: Sequence[int] | None = None
-    ) -> None:
-        """Fields for a module whose class has just become this one and whose parameters are shards already."""
-        self.tp_mesh, self.tp_layout, self.tp_gather = mesh, layout, gather
-        self.tp_outputs = None if outputs is None or in_place(outputs) else tuple(outputs)
-        self._tp_resize(layout.local_size(mesh.tp_rank))
+            return ColumnParallelConv1D if issubclass(cls, ColumnParallel) else RowParallelConv1D
+        return super()._tp_class_for(module, equivalent)
 
     def _tp_resize(self, features: int) -> None:
+        """Set the number of features that are sharded."""
         raise NotImplementedError
+
+
+class ColumnParallel(_ParallelLinear):
+    """A column-parallel layer of any kind: input replicated ``[..., in]``, output sharded ``[..., out]``.
+
+    Its input enters through the :class:`~tp_plugin.layers.region.Region` that it shares with its siblings.
+    """
+
+    tp_hideable = True
+    tp_gather: bool  # gather the output for a consumer that is replicated
+    tp_outputs: tuple[int, ...] | None  # heads of this rank that the output consists of, if not each of them once
+
+    def tp_setup(self, *, gather: bool = False, outputs: Sequence[int] | None = None) -> None:
+        self.tp_gather = gather
+        self.tp_outputs = None if outputs is None or in_place(outputs) else tuple(outputs)
+        self._tp_resize(self.tp_layout.local_size(self.tp_mesh.tp_rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
         if self.tp_outputs is not None:
             out = take_heads(out, self.tp_outputs)
-        if self.tp_gather:
-            sizes = [self.tp_layout.local_size(rank) for rank in range(self.tp_layout.ranks)]
-            out = gather_from_region(out, self.tp_mesh.tp_group, -1, sizes)
-        return out
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {shard_repr(self.tp_mesh, self.tp_layout)}"
+        return self.tp_boundary.leave_gathered(out, self.tp_layout.local_sizes) if self.tp_gather else out
 
 
-class RowParallel(nn.Module):
-    """What row-parallel layers of every kind share: input sharded ``[..., in]``, output replicated ``[..., out]``.
+class RowParallel(_ParallelLinear):
+    """A row-parallel layer of any kind: input sharded ``[..., in]``, output replicated ``[..., out]``.
 
-    The partial products are summed over the group; the bias, replicated, is added once, after the sum.
+    The bias, replicated, is added once, after the sum over the group.
     """
 
-    tp_mesh: ParallelMesh
-    tp_layout: ShardLayout
-    tp_split: bool  # the input comes replicated: take this rank's part of it first
+    tp_split: bool  # the input is replicated: take this rank's part of it first
     tp_partial: bool  # the output stays partial: the block around sums it with others
 
-    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, *, split: bool = False, partial: bool = False) -> None:
-        """Fields for a module whose class has just become this one and whose weight is a shard already."""
-        self.tp_mesh, self.tp_layout, self.tp_split, self.tp_partial = mesh, layout, split, partial
-        self._tp_resize(layout.local_size(mesh.tp_rank))
-
-    def _tp_resize(self, features: int) -> None:
-        raise NotImplementedError
+    def tp_setup(self, *, split: bool = False, partial: bool = False) -> None:
+        self.tp_split, self.tp_partial = split, partial
+        self._tp_resize(self.tp_layout.local_size(self.tp_mesh.tp_rank))
 
     def _tp_product(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        group = self.tp_mesh.tp_group
         if self.tp_split:
-            sizes = [self.tp_layout.local_size(rank) for rank in range(self.tp_layout.ranks)]
-            x = split_to_region(x, group, -1, sizes)
+            x = self.tp_boundary.enter_split(x, self.tp_layout.local_sizes)
         out, bias = self._tp_product(x), self._parameters["bias"]
         if self.tp_partial:
-            return out if bias is None else out + add_once(bias, group).to(out.dtype)
-        out = reduce_from_region(out, group)
+            return out if bias is None else out + self.tp_boundary.add_once(bias).to(out.dtype)
+        out = self.tp_boundary.leave(out)
         return out if bias is None else out + bias.to(out.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {shard_repr(self.tp_mesh, self.tp_layout)}"
 
 
 class ColumnParallelLinear(ColumnParallel, nn.Linear):
-    """Holds rows of the weight ``[out, in]``."""
+    """Has rows of the weight ``[out, in]``."""
 
     def _tp_resize(self, features: int) -> None:
         self.out_features = features
 
 
 class RowParallelLinear(RowParallel, nn.Linear):
-    """Holds columns of the weight ``[out, in]``."""
+    """Has columns of the weight ``[out, in]``."""
 
     def _tp_resize(self, features: int) -> None:
         self.in_features = features
@@ -109,17 +105,6 @@ class RowParallelLinear(RowParallel, nn.Linear):
         return F.linear(x, self.weight)
 
 
-def in_place(outputs: Sequence[int]) -> bool:
-    """Whether these are all held heads, each once and in order."""
-    return list(outputs) == list(range(len(outputs)))
-
-
-def take_heads(x: torch.Tensor, outputs: Sequence[int]) -> torch.Tensor:
-    """Heads by number along the last dimension, which holds ``max(outputs) + 1`` of them: ``[..., n * head]``."""
-    heads = x.unflatten(-1, (max(outputs) + 1, -1)).unbind(-2)
-    return torch.cat([heads[number] for number in outputs], -1)
-
-
-def shard_repr(mesh: ParallelMesh, layout: ShardLayout) -> str:
-    """For ``print(model)``: which part of what this is."""
-    return f"shard {mesh.tp_rank + 1}/{mesh.tp_size} of {list(layout.shape)}"
+def is_conv1d(module: nn.Module) -> bool:
+    """Return True for transformers' ``Conv1D``, a linear layer whose weight is ``[in, out]``."""
+    return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in type(module).__mro__)

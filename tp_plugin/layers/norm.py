@@ -1,4 +1,4 @@
-"""An RMS norm over a width that lies on several ranks: OLMo 2's norms of all queries and of all keys."""
+"""Norms inside an attention: over a sharded width (OLMo 2), and one module for each head (StableLM)."""
 
 from __future__ import annotations
 
@@ -8,31 +8,26 @@ import torch
 from torch import nn
 
 from tp_plugin.collectives import copy_to_region, reduce_from_region
-from tp_plugin.layers.linear import in_place, shard_repr, take_heads
-from tp_plugin.layout import ShardLayout
-from tp_plugin.mesh import ParallelMesh
+from tp_plugin.layers.instance_forwards import become
+from tp_plugin.layers.parallel_layer import ParallelLayer, in_place, take_heads
 
 PURPOSE = "norm"
 
 
-class WideRMSNorm(nn.Module):
+class WideRMSNorm(ParallelLayer):
     """``weight * x / sqrt(mean(x^2) + eps)`` (Zhang and Sennrich 2019) for ``x`` [..., width], sharded.
 
-    Only the sum of squares travels, one number a row, in forward and in backward. Where a rank holds heads that
-    another one counts too, or uses a head more than once, each is counted once. In fp32, the result in the dtype of
-    ``x``. Put in place by changing a module's class.
+    forward and backward: an all-reduce of the sum of squares, one number a row. A head that several ranks have, or
+    that a rank uses more than once, is counted once. Computed in fp32; the result has the dtype of ``x``.
     """
 
     weight: nn.Parameter
-    tp_mesh: ParallelMesh
-    tp_layout: ShardLayout
     tp_outputs: tuple[int, ...] | None
     tp_epsilon: float
     tp_counted: list[tuple[int, int]]  # (start, size) along the input's width of what this rank counts
 
-    def tp_setup(self, mesh: ParallelMesh, layout: ShardLayout, *, outputs: Sequence[int] | None = None) -> None:
-        """Fields for a module whose class has just become this one and whose weight is a shard already."""
-        self.tp_mesh, self.tp_layout = mesh, layout
+    def tp_setup(self, *, outputs: Sequence[int] | None = None) -> None:
+        layout, mesh = self.tp_layout, self.tp_mesh
         self.tp_outputs = None if outputs is None or in_place(outputs) else tuple(outputs)
         self.tp_epsilon = float(next(vars(self)[name] for name in EPSILON if name in vars(self)))
         owned = [(local, stop - start) for start, stop, local in layout.owned(mesh.tp_rank)]
@@ -47,19 +42,43 @@ class WideRMSNorm(nn.Module):
         x = hidden_states.float()
         squares = [x.narrow(-1, start, size).square().sum(-1, keepdim=True) for start, size in self.tp_counted]
         total = torch.stack(squares).sum(0) if squares else x.narrow(-1, 0, 0).sum(-1, keepdim=True)
-        group = self.tp_mesh.tp_group
+        group = self.tp_mesh.tp_group  # inside the region: partial before the sum, and its gradient too
         total = copy_to_region(reduce_from_region(total, group, purpose=PURPOSE), group, purpose=PURPOSE)
         x = x * torch.rsqrt(total / self.tp_layout.shape[0] + self.tp_epsilon)
         weight = self.weight if self.tp_outputs is None else take_heads(self.weight, self.tp_outputs)
         return (weight * x).to(hidden_states.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {shard_repr(self.tp_mesh, self.tp_layout)}"
-
 
 EPSILON = ("variance_epsilon", "eps")
-"""Attributes of RMS norms that hold the epsilon."""
+"""Names of an RMS norm's epsilon."""
 
 
 def _inside(index: int, pieces: list[tuple[int, int]]) -> bool:
     return any(start <= index < start + size for start, size in pieces)
+
+
+class PerHeadNorm(nn.Module):
+    """Applies module ``norms[h]`` to head ``h`` of ``[batch, heads, tokens, head_dim]``, this rank's heads.
+
+    Every rank keeps every module, so that names stay. It runs those of other ranks' heads on empty input: their
+    gradients are then zeros, not missing, and can be summed over the group.
+    """
+
+    norms: nn.ModuleList
+    tp_heads: tuple[int, ...]
+
+    @classmethod
+    def convert(cls, module: nn.Module, heads: Sequence[int]) -> None:
+        """Make ``module`` a norm of this class; ``heads``: the number of each of the input's heads, repeats allowed."""
+        become(module, cls)
+        module.tp_heads = tuple(heads)  # type: ignore[assignment]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rows: dict[int, torch.Tensor] = {}
+        nothing = []
+        for head, norm in enumerate(self.norms):
+            own = [row for row, which in enumerate(self.tp_heads) if which == head]
+            if not own:
+                nothing.append(norm(hidden_states[:, :0]))
+            rows |= {row: norm(hidden_states[:, row : row + 1]) for row in own}
+        return torch.cat([*(rows[row] for row in range(len(self.tp_heads))), *nothing], 1)

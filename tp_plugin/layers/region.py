@@ -1,8 +1,7 @@
-"""Region: what lies between one door in (the column-parallel siblings' shared input) and one door out (the row).
+"""Region: the modules from column-parallel siblings, which share an input, to the row-parallel layer behind them.
 
-``q, k, v -> attention -> o`` and ``gate, up -> act -> down`` are regions. Inside, tensors are sharded and every rank
-computes something else; outside, they are replicated. One all-reduce leads out in forward and one in backward
-(Megatron-LM, section 3).
+``q, k, v -> attention -> o`` and ``gate, up -> act -> down`` are regions. Inside, tensors are sharded; outside, they
+are replicated. One all-reduce leaves it in forward and one in backward (Megatron-LM, section 3).
 """
 
 from __future__ import annotations
@@ -11,47 +10,45 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tp_plugin.collectives import copy_to_region
+from tp_plugin.layers.boundary import Boundary
 from tp_plugin.layers.dropout import DerivedRandomness
 from tp_plugin.mesh import ParallelMesh
 
 
 class Region:
-    """The door that the column-parallel siblings of one block share, and the randomness inside.
+    """The entry that the column-parallel siblings of one block share, and the random numbers inside.
 
-    The door belongs to the columns' input, not to the block: whatever else reads the block's input (a router, a
-    LoRA A) stays outside. Siblings find each other by the tensor they are called with, the same object or another view
-    of all its elements, so the first copies it and the others reuse the copy; its backward then reduces the sum of
-    their gradients once. A sibling that gets another tensor simply makes a door of its own: still right, one more
-    collective.
+    Only the columns' input enters, not the block's: its other readers (a router, a LoRA A) stay outside. The first
+    sibling lets its input enter. The others find it by the tensor they are called with, the same object or another
+    view of all its elements. So the sum of their gradients is reduced once. A sibling with another tensor enters by
+    itself: equally right, one more collective.
     """
 
     def __init__(self, mesh: ParallelMesh, parent: nn.Module, *, derive_randomness: bool = True) -> None:
-        self.group = mesh.tp_group
+        self.boundary = Boundary(mesh)
         self.random = DerivedRandomness(parent, mesh.tp_rank) if derive_randomness else None
-        self._inside: set[nn.Module] = set()  # columns whose wrapper is under way and has used the door
+        self._inside: set[nn.Module] = set()  # columns whose wrapper is running and has entered for them
         self._source: torch.Tensor | None = None
-        self._version = 0  # of the source, when it entered
-        self._entered: torch.Tensor | None = None  # kept until the row or the block is left: linears save views
+        self._version = 0  # of the source, on entry
+        self._entered: torch.Tensor | None = None  # kept until the row starts or the block ends: linears save views
         parent.register_forward_hook(self._after_parent, always_call=True)
 
     def __deepcopy__(self, memo: dict) -> Region:
-        return self  # a copy of a column or a row (PEFT's modules_to_save) goes through the same door
+        return self  # a copy of a column or a row (PEFT's modules_to_save) is in the same region
 
-    def admit(self, column: nn.Module) -> None:
-        """Make this the door of ``column``.
+    def attach_input(self, column: nn.Module) -> None:
+        """Let the input of ``column`` enter.
 
-        A pre-hook, and the first one: ZeRO-3 wraps the input in a new tensor for every module, which would hide
-        from the siblings that it is the same.
+        The pre-hook is the first one: ZeRO-3 wraps the input in a new tensor for every module, so siblings would not
+        find it.
         """
         column.tp_region = self  # type: ignore[assignment]
         column.register_forward_pre_hook(self._before_column, prepend=True)
 
-    def admit_around(self, wrapper: nn.Module, column: nn.Module) -> None:
-        """Let ``wrapper``, which calls ``column`` with its own input, in by the door, once for both.
+    def attach_input_around(self, wrapper: nn.Module, column: nn.Module) -> None:
+        """Let the input of ``wrapper``, which calls ``column`` with it, enter once for both.
 
-        What else it does with its input (a LoRA A) is inside then. ``column`` keeps its door, for whoever calls it
-        without the wrapper later on.
+        The wrapper's other modules (a LoRA A) are then inside. A call of ``column`` without it enters as before.
         """
 
         @torch.compiler.disable
@@ -67,16 +64,15 @@ class Region:
         wrapper.register_forward_pre_hook(enter, prepend=True)
         wrapper.register_forward_hook(leave, always_call=True)
 
-    def admit_experts(self, experts: nn.Module) -> None:
-        """Make this the door of ``experts``, which are called with hidden states and routing weights.
+    def attach_experts(self, experts: nn.Module) -> None:
+        """Let the inputs of ``experts`` enter: hidden states and routing weights.
 
-        The router stays outside. Its weights multiply partial results, so their gradient is partial on each rank too:
-        they come in through a door of their own.
+        The router stays outside. Its weights multiply partial results, so their gradient is partial on each rank too.
         """
         experts.register_forward_pre_hook(self._before_experts, with_kwargs=True, prepend=True)
 
-    def release(self, row: nn.Module) -> None:
-        """Make ``row`` the module that leaves the region."""
+    def attach_output(self, row: nn.Module) -> None:
+        """End the region at ``row``."""
         row.register_forward_pre_hook(self._before_row, prepend=True)
 
     @torch.compiler.disable
@@ -93,18 +89,18 @@ class Region:
         hidden, *weights = (i for i, x in enumerate(values) if isinstance(x, torch.Tensor) and x.is_floating_point())
         values[hidden] = self._enter(values[hidden])
         for index in weights:
-            values[index] = copy_to_region(values[index], self.group)
+            values[index] = self.boundary.enter(values[index])
         return tree_unflatten(values, structure)
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if self.boundary.enters_unchanged(x):
             return x
         if self._entered is None or not self._knows(x):
-            self._source, self._version, self._entered = x, x._version, copy_to_region(x, self.group)
+            self._source, self._version, self._entered = x, x._version, self.boundary.enter(x)
         return self._entered if self._entered.shape == x.shape else self._entered.view(x.shape)
 
     def _knows(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` shows the elements that entered, in the same order, and none was changed in between."""
+        """True if ``x`` has the elements that entered, in the same order, unchanged since."""
         known = self._source
         if known is None or x._version != self._version:
             return False
@@ -126,7 +122,7 @@ class Region:
 
     @torch.compiler.disable
     def _after_parent(self, *_: object) -> None:
-        self._leave()  # also on the exception with which checkpointing leaves a recomputation early
+        self._leave()  # also on the exception by which checkpointing ends a recomputation early
 
     def _leave(self) -> None:
         self._source = self._entered = None

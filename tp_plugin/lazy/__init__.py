@@ -1,10 +1,11 @@
-"""Logits not computed yet: :func:`lazy_logits` for the head, :func:`materialise_outputs` for the model's exit."""
+"""Logits that are not computed yet: :func:`lazy_logits` of a head, :func:`materialise_outputs` at a model's exit."""
 
-from tp_plugin.lazy import answered as answered  # rows of the table, which register themselves
-from tp_plugin.lazy import recorded as recorded
+from tp_plugin.lazy import deferred_ops as deferred_ops
+from tp_plugin.lazy import reduced_ops as reduced_ops
+from tp_plugin.lazy import row_ops as row_ops  # these three fill the dispatch table on import
 from tp_plugin.lazy.grad import FactoredGrad
-from tp_plugin.lazy.logits import VocabParallelLogits
-from tp_plugin.lazy.nodes import lazy_logits
-from tp_plugin.lazy.outputs import materialise_outputs
+from tp_plugin.lazy.head import lazy_logits
+from tp_plugin.lazy.logits import VocabParallelLogits, materialise_outputs
+from tp_plugin.lazy.recipe import STEPS
 
-__all__ = ["FactoredGrad", "VocabParallelLogits", "lazy_logits", "materialise_outputs"]
+__all__ = ["STEPS", "FactoredGrad", "VocabParallelLogits", "lazy_logits", "materialise_outputs"]

@@ -11,35 +11,21 @@ import torch
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.loss.parts import HeadGrads
 
-_SAME = {
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.lift_fresh.default,
-}
-_SHAPED = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
-_ADD = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
-_MUL = {
-    torch.ops.aten.mul.Tensor,
-    torch.ops.aten.mul_.Tensor,
-    torch.ops.aten.mul.Scalar,
-    torch.ops.aten.mul_.Scalar,
-}
-_DIV = {
-    torch.ops.aten.div.Tensor,
-    torch.ops.aten.div_.Tensor,
-    torch.ops.aten.div.Scalar,
-    torch.ops.aten.div_.Scalar,
-}
+aten = torch.ops.aten
+SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+SHAPED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_ADD = {aten.add.Tensor, aten.add_.Tensor}
+_MUL = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
+_DIV = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
 _IN_PLACE = {op for op in _ADD | _MUL | _DIV if op._schema.name.endswith("_")}
 
 
 class FactoredGrad(torch.Tensor):
     """The gradient of lazy logits, carried as gradients of their hidden states, weight rows and bias.
 
-    It has the shape, dtype and device of the logits, so autograd and other people's identity Functions pass it on, and
-    it holds no storage. Closed under addition of its kind, scaling by a number or a 0-dim tensor, detach, clone and
-    alias; any other operation raises a TensorParallelError that names it.
+    It has the shape, dtype and device of the logits, so autograd and other libraries' identity Functions pass it on.
+    It has no storage. Supported are addition of its kind, scaling by a number or a 0-dim tensor, detach, clone and
+    alias. Any other operation raises a TensorParallelError that names it.
 
     Attributes:
         terms: gradients to be added up when they are unpacked; the hidden gradients have the leading dimensions of
@@ -68,9 +54,9 @@ class FactoredGrad(torch.Tensor):
         if not isinstance(this, cls):
             if func in _ADD | _MUL and isinstance(args[1], cls) and not kwargs and not func._schema.name.endswith("_"):
                 return cls.__torch_dispatch__(func, types, (args[1], this))  # both commute
-        elif func in _SAME or (func in _SHAPED and tuple(args[1]) == tuple(this.shape)):
+        elif func in SAME or func is aten.clone.default or (func in SHAPED and tuple(args[1]) == tuple(this.shape)):
             terms = this.terms
-        elif func is torch.ops.aten._to_copy.default and set(kwargs) <= {"dtype"}:
+        elif func is aten._to_copy.default and set(kwargs) <= {"dtype"}:
             return cls(this.shape, kwargs.get("dtype") or this.dtype, this.device, this.terms)
         elif func in _ADD and isinstance(args[1], cls):
             alpha = kwargs.get("alpha", 1)
@@ -78,13 +64,13 @@ class FactoredGrad(torch.Tensor):
         elif func in _MUL | _DIV and not kwargs and _is_scalar(args[1]):
             factor = args[1] if func in _MUL else 1.0 / _wide(args[1])
             terms = tuple(term.scaled(factor) for term in this.terms)
-        elif func is torch.ops.aten.neg.default:
+        elif func is aten.neg.default:
             terms = tuple(term.scaled(-1.0) for term in this.terms)
         if terms is None:
             raise TensorParallelError(
-                f"{func} met the gradient of logits that were never computed. That gradient is kept factored and can "
-                "only be passed on, added to its kind or scaled by a number. Call logits.materialize() before what "
-                "needs their true gradient."
+                f"{func} cannot read the gradient of logits that were never computed. It is kept factored and can "
+                "only be passed on, added to its kind or scaled by a number. Call logits.materialize() before the "
+                "operation that needs their full gradient."
             )
         if func in _IN_PLACE:
             this.terms = terms
@@ -97,7 +83,7 @@ class FactoredGrad(torch.Tensor):
     def relabelled(
         self, shape: Sequence[int], dtype: torch.dtype, pull: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> FactoredGrad:
-        """The gradient of logits of another shape and dtype, hidden gradients taken there by ``pull``."""
+        """The gradient of logits of another shape and dtype; ``pull`` maps the hidden gradients."""
         terms = self.terms
         if pull is not None:
             terms = tuple(
@@ -115,7 +101,7 @@ def _wide(x: Any) -> Any:
 
 
 def expect_factored(grad: torch.Tensor) -> FactoredGrad:
-    """``grad``, if it is factored; a dense one is refused.
+    """Return a factored ``grad``; refuse a dense one.
 
     Raises:
         TensorParallelError: a dense gradient, which only code that treats logits as numbers can have made.
@@ -123,6 +109,6 @@ def expect_factored(grad: torch.Tensor) -> FactoredGrad:
     if isinstance(grad, FactoredGrad):
         return grad
     raise TensorParallelError(
-        f"a dense gradient of type {type(grad).__name__} came back to logits that were never computed; it was made by "
-        "an autograd Function that took them as they are. Call logits.materialize() before that Function."
+        f"a dense gradient of type {type(grad).__name__} came back to logits that were never computed, from an "
+        "autograd Function that read them. Call logits.materialize() before that Function."
     )

@@ -1,4 +1,4 @@
-"""The rows of one block of logits: their statistics, and their gradient in place of them, in plain PyTorch.
+"""The rows of one block of logits: their statistics, then their gradient in the same memory, in plain PyTorch.
 
 Letters: c rows (tokens), b columns (words of this rank), V words in all. Everything is in float32 (float64), on one
 buffer of ``[c, b]`` that is overwritten twice: logits, exponentials, gradient.
@@ -15,20 +15,41 @@ from typing import Protocol
 import torch
 
 from tp_plugin.loss.parts import Head, Transform
+from tp_plugin.loss.products import product
 
 NOTHING = float("-inf")
-_OPTIONAL = ("logit_sum", "entropy", "square_sum", "top_id")
+_OPTIONAL = ("logit_sum", "entropy", "square_sum", "mass", "top_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The targets of c rows on b words.
+
+    Attributes:
+        labels: [c] global ids.
+        valid: [c], False where a label does not count.
+        start: global id of the first of the words.
+        soft: [c, b] target probabilities times class weights, in the statistics' dtype; they replace the labels.
+        classes: [b] class weights in that dtype, the weights of the sum of logits; None is 1.
+    """
+
+    labels: torch.Tensor
+    valid: torch.Tensor
+    start: int
+    soft: torch.Tensor | None = None
+    classes: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Which statistics a row needs besides maximum, sum of exponentials and target logit.
+    """Statistics that a row needs besides maximum, sum of exponentials and target logit.
 
     Attributes:
-        logit_sum: the sum of all logits, for label smoothing.
+        logit_sum: the sum of all logits (times class weights), for label smoothing.
         entropy: the entropy of the softmax.
         gradient: ``gradient_`` will be called afterwards.
         square_sum: the sum of the squared exponentials.
+        mass: there are soft targets; their sum.
         top_id: the id of the largest logit, of several equal ones the lowest.
     """
 
@@ -36,18 +57,20 @@ class Asked:
     entropy: bool = False
     gradient: bool = True
     square_sum: bool = False
+    mass: bool = False
     top_id: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a row's numbers are, in order."""
+        """The names of a row's numbers, in order."""
         return ("top", "sum", "target", *(name for name in _OPTIONAL if getattr(self, name)))
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStats:
-    """Statistics of whole rows, every rank's part merged; each [c] or None where not asked for.
+    """Statistics of full rows, merged over the ranks; each [c] or None unless asked for.
 
+    ``target`` is the logit of the label, or the sum of the logits times their soft targets.
     ``log_square_sum`` is that of the squared probabilities; ``top_id`` a global id, in the dtype of the rest.
     """
 
@@ -56,14 +79,16 @@ class RowStats:
     logit_sum: torch.Tensor | None
     entropy: torch.Tensor | None
     log_square_sum: torch.Tensor | None
+    mass: torch.Tensor | None
     top_id: torch.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """The gradient of a row, linear in what can be asked for: with softmax p, target y and entropy H
+    """The gradient of a row as a linear combination, with softmax p, target y and entropy H:
 
-    ``d_j = softmax * p_j - target * [j = y] - uniform + entropy * dH/dx_j``, each [c]; None is 0.
+    ``d_j = softmax * p_j - target * t_j - uniform * w_j + entropy * dH/dx_j``, each [c]; None is 0. ``t`` are the soft
+    targets or 1 at y, ``w`` the class weights or 1.
     """
 
     softmax: torch.Tensor
@@ -72,7 +97,7 @@ class Coefficients:
     entropy: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Coefficients:
-        """Those of some rows."""
+        """The coefficients of some rows."""
         parts = (self.softmax, self.target, self.uniform, self.entropy)
         softmax, target, uniform, entropy = (None if part is None else part[rows] for part in parts)
         assert softmax is not None
@@ -89,56 +114,50 @@ class Block(Protocol):
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
         """[c, b] gradient of the raw products up to ``transform.slope``, in the dtype of the hidden states.
 
-        Takes the place of the logits. ``statistics`` may have been called before or not.
+        It overwrites the logits. ``statistics`` may have been called before or not.
         """
 
 
 class TorchBlock:
-    """Any device and floating dtype.
+    """The block of any device and floating dtype.
 
     Args:
-        logits: [c, b] of this rank, float32 or float64, given up to this block.
-        labels: [c] global ids.
-        valid: [c], False where a label does not count.
-        start: global id of the first column.
+        logits: [c, b] of this rank, float32 or float64, which this block overwrites.
+        targets: of these rows and columns.
         dtype: of the gradient.
-        transform: whose derivative the gradient carries; the logits have been through it.
+        transform: already applied to the logits; the gradient includes its derivative.
         asked: the statistics wanted.
     """
 
     def __init__(
         self,
         logits: torch.Tensor,
-        labels: torch.Tensor,
-        valid: torch.Tensor,
-        start: int,
+        targets: Targets,
         dtype: torch.dtype,
         transform: Transform,
         asked: Asked,
     ) -> None:
-        self.dtype, self.asked = dtype, asked
-        local, columns = labels - start, logits.shape[1]
-        self.start, self.mine = start, valid & (local >= 0) & (local < columns)
+        self.dtype, self.asked, self.soft, self.classes = dtype, asked, targets.soft, targets.classes
+        local, columns = targets.labels - targets.start, logits.shape[1]
+        self.start, self.mine = targets.start, targets.valid & (local >= 0) & (local < columns)
         self.target = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
         self.bend = transform.bend_(logits.clone()) if transform.tanh and asked.gradient else None
         self.logits: torch.Tensor | None = logits
-        self.exps, self.shift = logits, labels  # set when the exponentials are made
+        self.exps, self.shift = logits, local  # set when the exponentials are made
 
     @classmethod
-    def of_head(
-        cls, head: Head, hidden: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, start: int, asked: Asked
-    ) -> TorchBlock:
-        """The logits of ``hidden`` [c, H] against the rows of ``head.weight``."""
-        logits = torch.mm(hidden, head.weight.t()).to(head.wide)
+    def of_head(cls, head: Head, hidden: torch.Tensor, targets: Targets, asked: Asked, spare_bytes: int) -> TorchBlock:
+        """The logits of ``hidden`` [c, H] against the rows of ``head.weight``; ``spare_bytes`` as for ``product``."""
+        logits = product(hidden, head.weight, head.kept, spare_bytes).to(head.wide)
         if head.bias is not None:
             logits.add_(head.bias)
-        return cls(head.transform.apply_(logits), labels, valid, start, hidden.dtype, head.transform, asked)
+        return cls(head.transform.apply_(logits), targets, hidden.dtype, head.transform, asked)
 
     @staticmethod
     def bytes_per_logit(head: Head, asked: Asked) -> int:
-        """The buffer, the copy in half precision for the matrix product, the soft cap's derivative, the entropy's."""
+        """Bytes of buffer, half-precision copy, derivatives of soft cap and entropy, and soft targets twice."""
         wide, narrow = head.wide.itemsize, head.hidden.dtype.itemsize
-        return wide * (1 + head.transform.tanh + asked.entropy) + (narrow if narrow < wide else 0)
+        return wide * (1 + head.transform.tanh + asked.entropy + 2 * asked.mass) + (narrow if narrow < wide else 0)
 
     def _exponentials(self, shift: torch.Tensor) -> torch.Tensor:
         assert self.logits is not None
@@ -156,17 +175,23 @@ class TorchBlock:
                 best = [first.add_(self.start).to(logits.dtype)]
             else:
                 top = logits.amax(1)
-            hit = torch.where(self.mine, logits.gather(1, self.target).squeeze(1), 0.0)
+            if self.soft is not None:
+                hit = torch.linalg.vecdot(logits, self.soft)
+            else:
+                hit = torch.where(self.mine, logits.gather(1, self.target).squeeze(1), 0.0)
         else:
             top = logits.new_full((logits.shape[0],), NOTHING)
             hit = torch.zeros_like(top)
             best = [hit] if self.asked.top_id else []
-        logit_sum = [logits.sum(1)] if self.asked.logit_sum else []
-        # a shard of nothing but -inf (masked words) has the maximum -inf, and -inf - -inf is no number
+        logit_sum = []
+        if self.asked.logit_sum:
+            logit_sum = [logits.sum(1) if self.classes is None else torch.mv(logits, self.classes)]
+        # a shard of masked words only has the maximum -inf, and -inf - -inf is nan
         exps = self._exponentials(torch.where(top == NOTHING, 0.0, top))
         spread = [-torch.special.entr(exps).sum(1)] if self.asked.entropy else []
         squares = [torch.linalg.vector_norm(exps, dim=1).square_()] if self.asked.square_sum else []
-        return torch.stack([top, exps.sum(1), hit, *logit_sum, *spread, *squares, *best])
+        mass = [] if self.soft is None else [self.soft.sum(1)]
+        return torch.stack([top, exps.sum(1), hit, *logit_sum, *spread, *squares, *mass, *best])
 
     def gradient_(self, log_z: torch.Tensor, entropy: torch.Tensor | None, by: Coefficients) -> torch.Tensor:
         d = self._exponentials(log_z) if self.logits is not None else self.exps
@@ -179,8 +204,11 @@ class TorchBlock:
             bent = torch.special.entr(d).mul_(by.entropy.unsqueeze(1))
             d.mul_((factor - by.entropy * entropy).unsqueeze(1)).add_(bent)
         if by.uniform is not None:
-            d.sub_(by.uniform.unsqueeze(1))
-        if d.shape[1]:
+            uniform = by.uniform.unsqueeze(1)
+            d.sub_(uniform) if self.classes is None else d.addcmul_(uniform, self.classes, value=-1)
+        if self.soft is not None:
+            d.addcmul_(self.soft, by.target.unsqueeze(1), value=-1)
+        elif d.shape[1]:
             hit = torch.where(self.mine, by.target, 0.0).unsqueeze(1)
             d.scatter_(1, self.target, d.gather(1, self.target) - hit)
         if self.bend is not None:
@@ -189,20 +217,21 @@ class TorchBlock:
 
 
 def merge(parts: torch.Tensor, asked: Asked) -> RowStats:
-    """Whole rows from every rank's ``[ranks, len(asked.names), c]``."""
+    """Statistics of full rows from every rank's ``[ranks, len(asked.names), c]``."""
     given = dict(zip(asked.names, parts.unbind(1), strict=True))
     tops, sums, target = given["top"], given["sum"], given["target"].sum(0)
     top = tops.amax(0)
     factors = torch.where(tops == NOTHING, 0.0, (tops - top).exp())
     total = (sums * factors).sum(0)
     entropy = logit_sum = log_square_sum = top_id = None
-    if asked.entropy:  # sum of e (x - top) over all ranks, each rank's being relative to its own maximum
+    mass = given["mass"].sum(0) if asked.mass else None
+    if asked.entropy:  # the sum of e (x - top) over all ranks, from sums relative to each rank's maximum
         apart = torch.where(tops == NOTHING, 0.0, tops - top)
         entropy = total.log() - (factors * (given["entropy"] + apart * sums)).sum(0) / total
     if asked.logit_sum:
         logit_sum = given["logit_sum"].sum(0)
     if asked.square_sum:
         log_square_sum = (factors.square() * given["square_sum"]).sum(0).log() - 2 * total.log()
-    if asked.top_id:  # of the first rank that holds the maximum
+    if asked.top_id:  # of the first rank with the maximum
         top_id = given["top_id"].gather(0, tops.argmax(0, keepdim=True)).squeeze(0)
-    return RowStats(top + total.log(), target, logit_sum, entropy, log_square_sum, top_id)
+    return RowStats(top + total.log(), target, logit_sum, entropy, log_square_sum, mass, top_id)

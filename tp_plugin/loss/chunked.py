@@ -1,15 +1,20 @@
-"""Vocabulary-parallel linear cross entropy, some logits at a time: they never exist at once.
+"""Vocabulary-parallel linear cross entropy, chunk by chunk: the logits never exist at once.
 
 Letters: N rows (tokens), H hidden size, V vocabulary, v rows of it on this rank, c rows a chunk.
 
-Two ways. *Gradients in the forward* (6NvH operations, the least there is) for a scalar loss: per chunk of rows one
-product gives [c, v] logits, the rows' statistics travel in ONE packed all-gather while the next chunk's product runs,
-the logits become their own gradient in place, one product gives the chunk's part of the hidden gradient, whose
-all-reduce runs while another adds to the weight gradient. *Recomputation* (8NvH) for whatever has a gradient a token
-from upstream, and on request to save memory: statistics by rows in the forward; in the backward the logits again, tile
-by tile, so that no accumulator as large as the weight is needed.
+*Gradients in the forward* (6NvH operations, the minimum) serve a scalar loss. For each chunk of rows:
 
-Working memory is a budget in bytes, not a function of N. The device is never asked for a value.
+1. One product makes the logits [c, v].
+2. One packed all-gather sends the rows' statistics while the product of the next chunk runs.
+3. The logits become their own gradient in place.
+4. One product makes the chunk's part of the hidden gradient, and another adds to the weight gradient while the
+   all-reduce of the first runs.
+
+*Recomputation* (8NvH) serves losses with an upstream gradient for each token, and saves memory on request. The forward
+computes statistics by rows. The backward computes the logits again, tile by tile, without an accumulator as large as
+the weight.
+
+Working memory is a budget in bytes, not a function of N. The host never reads a value from the device.
 
 Gradients in the forward pass are Liger-Kernel's idea (https://arxiv.org/abs/2410.10989), recomputation from the
 normaliser that of Cut Cross-Entropy (https://arxiv.org/abs/2411.09009).
@@ -28,13 +33,13 @@ from tp_plugin.collectives import start_all_gather
 from tp_plugin.loss.block import Asked, Block, Coefficients, RowStats, merge
 from tp_plugin.loss.job import Job, TokenStats, Upstream
 from tp_plugin.loss.parts import HeadGrads, Wanted
-from tp_plugin.loss.sums import PURPOSE, RowSums, TileSums
+from tp_plugin.loss.products import PURPOSE, RowSums, TileSums
 
 T = TypeVar("T")
 
 
 def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
-    """Run ``function(job, ...)`` with autocast off: its dtypes are chosen already."""
+    """Run ``function(job, ...)`` with autocast off, since its dtypes are chosen already."""
 
     @functools.wraps(function)
     def plainly(job: Job, *args: Any, **kwargs: Any) -> T:
@@ -50,15 +55,15 @@ def outside_autocast(function: Callable[..., T]) -> Callable[..., T]:
 def rows_per_chunk(job: Job, asked: Asked) -> int:
     """Rows whose logits fit the budget; at least 1, and the same on every rank of the group.
 
-    On a group there are two chunks at a time, one whose statistics travel and the next, unless one holds all rows.
+    On a group two chunks exist at a time, unless one has all rows: the next, and one whose all-gather runs.
     """
     rows = job.head.hidden.shape[0]
     widest = max(1, *job.head.vocab.sizes)  # the group's, not this rank's: chunk counts must agree
-    room, each = job.budget - job.spare, job.block.bytes_per_logit(job.head, asked) * widest
+    room, each = job.budget - job.spare, job.setup.block.bytes_per_logit(job.head, asked) * widest
     if rows * each <= room:
         return rows
     if job.head.vocab.group is not None:
-        each += job.block.bytes_per_logit(job.head, Asked(gradient=False)) * widest
+        each += job.setup.block.bytes_per_logit(job.head, Asked(gradient=False)) * widest
     chunks = -(-rows // max(1, room // each))
     return -(-rows // chunks)
 
@@ -72,8 +77,8 @@ def scalar_loss(
     Args:
         job: its ``options.reduction`` is ``"mean"`` or ``"sum"``. The mean over no valid label is nan, with zero
             gradients, as in torch.
-        wanted: which gradients; None or nothing wanted computes the statistics only.
-        more: which of ``job.MORE`` the statistics include.
+        wanted: the gradients to compute; None computes the statistics only.
+        more: those of ``job.MORE`` that the statistics include.
 
     Returns:
         The loss, 0-dim in ``head.wide``; the gradients as unnormalised sums with their scale beside them, or None;
@@ -87,14 +92,13 @@ def scalar_loss(
     for rows, block, stats in _passes(job, asked):
         found.put(rows, stats)
         if sums is not None:
-            by = job.coefficients(stats.log_z, weights[rows])
+            by = job.coefficients(stats.log_z, weights[rows], job.mass(rows, stats.mass))
             sums.add(rows, block.gradient_(stats.log_z, stats.entropy, by))
         del block
     total = (found.stats.losses * job.weights).sum()
     scale = largest * head.transform.slope
     if job.options.reduction == "mean":
-        count = job.valid.sum()
-        total, scale = total / count, scale / count.clamp(min=1)
+        total, scale = total / job.divisor, scale / job.safe_divisor
     return total, None if sums is None else sums.finish(scale), found.stats
 
 
@@ -111,14 +115,21 @@ def token_stats(job: Job, more: Sequence[str] = ()) -> TokenStats:
 
 @outside_autocast
 def token_grads(
-    job: Job, log_z: torch.Tensor, entropy: torch.Tensor | None, upstream: Upstream, wanted: Wanted
+    job: Job,
+    log_z: torch.Tensor,
+    entropy: torch.Tensor | None,
+    mass: torch.Tensor | None,
+    upstream: Upstream,
+    wanted: Wanted,
 ) -> HeadGrads:
-    """Gradients of the sum of the statistics times ``upstream``, the logits computed a second time. Collective: one
-    all-reduce.
+    """Gradients of the sum of the statistics times ``upstream``, with the logits computed a second time.
+
+    A collective call: one all-reduce.
 
     Args:
         log_z: [N], as in ``TokenStats``.
-        entropy: likewise; needed if it has an upstream gradient.
+        entropy: as there; needed if it has an upstream gradient.
+        mass: as there; needed with soft targets.
         upstream: any floating dtypes. The largest magnitude goes into the scale, so a loss scale cannot overflow.
     """
     head, wide = job.head, job.head.wide
@@ -127,17 +138,17 @@ def token_grads(
     peaks = [x.abs().amax() for x in arrived if x is not None and x.numel()]
     largest = torch.stack(peaks).amax() if peaks else torch.ones((), dtype=wide, device=head.hidden.device)
     largest = torch.where(largest > 0, largest, 1.0)
-    by = _combined(job, log_z, *(None if x is None else x / largest for x in arrived))
+    by = _combined(job, log_z, mass, *(None if x is None else x / largest for x in arrived))
     sums = TileSums(head, wanted, job.spare)
-    asked = Asked(entropy=by.entropy is not None)
+    asked = Asked(entropy=by.entropy is not None, mass=job.goal.soft is not None)
     height, width = _tile(job, asked)
     for left in range(0, head.weight.shape[0], width):
         columns = slice(left, min(left + width, head.weight.shape[0]))
         part = head.columns(columns.start, columns.stop)
         for top in range(0, head.hidden.shape[0], height):
             rows = slice(top, min(top + height, head.hidden.shape[0]))
-            start = head.vocab.start + left
-            block = job.block.of_head(part, head.hidden[rows], job.labels[rows], job.valid[rows], start, asked)
+            targets = job.targets(rows, columns.start, columns.stop)
+            block = job.setup.block.of_head(part, head.hidden[rows], targets, asked, job.spare)
             row_entropy = None if entropy is None else entropy[rows]
             sums.add(rows, columns, block.gradient_(log_z[rows], row_entropy, by[rows]))
             del block
@@ -150,13 +161,14 @@ def _asked(job: Job, more: Sequence[str], gradient: bool) -> Asked:
         entropy="entropy" in more,
         gradient=gradient,
         square_sum="log_square_sum" in more,
+        mass=job.goal.soft is not None,
         top_id="top_id" in more,
     )
 
 
 def _normalised(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token weights with largest magnitude 1, and that magnitude, 0-dim: half precision may not hold it."""
-    if job.token_weights is None or not job.weights.numel():
+    """The token weights with largest magnitude 1, and that magnitude, 0-dim, which half precision may not represent."""
+    if job.goal.token_weights is None or not job.weights.numel():
         return job.weights, job.weights.new_ones(())
     largest = job.weights.abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
@@ -164,17 +176,18 @@ def _normalised(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _passes(job: Job, asked: Asked) -> Iterator[tuple[slice, Block, RowStats]]:
-    """Every chunk with its merged statistics; on a group the next chunk is begun while these travel."""
+    """Every chunk with its merged statistics; on a group the next chunk starts while the all-gather runs."""
     head, size = job.head, rows_per_chunk(job, asked)
     total, ahead = head.hidden.shape[0], None
     for start in range(0, total, max(1, size)):
         rows = slice(start, min(start + size, total))
-        block = job.block.of_head(head, head.hidden[rows], job.labels[rows], job.valid[rows], head.vocab.start, asked)
+        targets = job.targets(rows, 0, head.vocab.rows)
+        block = job.setup.block.of_head(head, head.hidden[rows], targets, asked, job.spare)
         sent = start_all_gather(block.statistics(), head.vocab.group, purpose=PURPOSE)
         if ahead is not None:
             yield ahead[0], ahead[1], merge(ahead[2](), asked)
         ahead = rows, block, sent
-        del block  # no reference but the one in ahead, which goes before the next block is made
+        del block, targets  # ahead has the only reference, so the memory is free before the next block
         if head.vocab.group is None:
             yield ahead[0], ahead[1], merge(ahead[2](), asked)
             ahead = None
@@ -183,23 +196,24 @@ def _passes(job: Job, asked: Asked) -> Iterator[tuple[slice, Block, RowStats]]:
 
 
 class _Collected:
-    """TokenStats being filled in."""
+    """TokenStats, filled chunk by chunk."""
 
     def __init__(self, job: Job, more: Sequence[str]) -> None:
         self.job = job
-        names = ("losses", "logprobs", "log_z", *more)
-        # each a tensor of its own: views of one could not be changed in place by whoever gets them
-        shape, wide, device = job.labels.shape, job.head.wide, job.labels.device
+        names = ["losses", "logprobs", "log_z", *more, *(["mass"] if job.goal.soft is not None else [])]
+        # separate tensors, because callers may change them in place, which views of one tensor refuse
+        shape, wide, device = job.goal.labels.shape, job.head.wide, job.goal.labels.device
         self.stats = TokenStats(**{name: torch.zeros(shape, dtype=wide, device=device) for name in names})
 
     def put(self, rows: slice, stats: RowStats) -> None:
         valid, all_rows = self.job.valid[rows], self.stats
-        all_rows.losses[rows] = torch.where(valid, self.job.losses(stats), 0.0)
-        all_rows.logprobs[rows] = torch.where(valid, stats.target - stats.log_z, 0.0)
+        all_rows.losses[rows] = torch.where(valid, self.job.losses(stats, self.job.mass(rows, stats.mass)), 0.0)
+        log_z = stats.log_z if stats.mass is None else stats.log_z * stats.mass
+        all_rows.logprobs[rows] = torch.where(valid, stats.target - log_z, 0.0)
         all_rows.log_z[rows] = stats.log_z
         if all_rows.mean_logit is not None and stats.logit_sum is not None:
             all_rows.mean_logit[rows] = stats.logit_sum / self.job.head.vocab.size
-        for name in ("entropy", "log_square_sum", "top_id"):
+        for name in ("entropy", "log_square_sum", "mass", "top_id"):
             if getattr(all_rows, name) is not None:
                 getattr(all_rows, name)[rows] = getattr(stats, name)
 
@@ -207,6 +221,7 @@ class _Collected:
 def _combined(
     job: Job,
     all_log_z: torch.Tensor,
+    mass: torch.Tensor | None,
     losses: torch.Tensor | None,
     logprobs: torch.Tensor | None,
     log_z: torch.Tensor | None,
@@ -215,21 +230,24 @@ def _combined(
     zero = torch.zeros_like(all_log_z)
     by = Coefficients(zero, zero)
     if losses is not None:
-        by = job.coefficients(all_log_z, losses)
+        by = job.coefficients(all_log_z, losses, job.mass(slice(None), mass))
     if logprobs is not None:
-        by = dataclasses.replace(by, softmax=by.softmax - logprobs, target=by.target - logprobs)
+        softmax = by.softmax - (logprobs if mass is None else logprobs * mass)
+        by = dataclasses.replace(by, softmax=softmax, target=by.target - logprobs)
     if log_z is not None:
         by = dataclasses.replace(by, softmax=by.softmax + log_z)
     return by if entropy is None else dataclasses.replace(by, entropy=entropy)
 
 
 def _tile(job: Job, asked: Asked) -> tuple[int, int]:
-    """Rows and columns of a tile. All rows if there is room for them beside 2048 columns: then a column's weight
-    gradient is one product; otherwise the column's float32 sum takes a quarter of the budget."""
-    head, each = job.head, job.block.bytes_per_logit(job.head, asked)
+    """Rows and columns of a tile: all rows if they fit together with 2048 columns.
+
+    Then a column's weight gradient is one product. Otherwise the column's float32 sum takes a quarter of the budget.
+    """
+    head, each = job.head, job.setup.block.bytes_per_logit(job.head, asked)
     rows, columns = head.hidden.shape[0], max(1, head.weight.shape[0])
     room = max(1, job.budget - job.spare)
     if room // max(1, each * rows) >= min(columns, 2048):
         return max(1, rows), min(columns, room // max(1, each * rows))
-    width = min(columns, max(1, room // 4 // (head.hidden.shape[1] * head.wide.itemsize)))
+    width = min(columns, max(1, room // 4 // (max(1, head.hidden.shape[1]) * head.wide.itemsize)))
     return max(1, min(rows, room * 3 // 4 // (each * width))), width

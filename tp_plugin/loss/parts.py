@@ -1,4 +1,4 @@
-"""What the loss is a function of, and what it hands back: Transform, Head, Options, Wanted, HeadGrads."""
+"""The arguments and gradients of the loss: Transform, Head, Options, Wanted, HeadGrads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.loss.vocab import VocabShard
 
-Scalar = float | torch.Tensor  # a Python number, or a 0-dim tensor on the device that must not be read by the host
+Scalar = float | torch.Tensor  # a Python number, or a 0-dim tensor on the device that the host must not read
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -20,14 +20,19 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., v] as a matrix; v may be 0, which ``reshape(-1, v)`` refuses."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What happens to the raw product before it is a logit: ``outer * tanh(inner * z)``, or ``inner * z``.
+    """The map from a raw product to a logit: ``outer * tanh(inner * z)``, or ``inner * z``.
 
     Attributes:
         inner: multiplies ``hidden @ weight.T + bias``.
         outer: multiplies the tanh; 1 when there is none.
-        tanh: whether there is a tanh (Gemma's soft cap ``c``: inner ``1/c``, outer ``c``).
+        tanh: True if there is a tanh (Gemma's soft cap ``c``: inner ``1/c``, outer ``c``).
     """
 
     inner: Scalar = 1.0
@@ -36,18 +41,18 @@ class Transform:
 
     @classmethod
     def of(cls, scale: float = 1.0, softcap: float | None = None) -> Transform:
-        """``scale * z``, then ``softcap * tanh(./softcap)`` if given."""
-        return cls(scale) if softcap is None else cls(scale / softcap, softcap, True)
+        """``scale * z``, then ``softcap * tanh(./softcap)`` unless that is None or 0."""
+        return cls(scale) if not softcap else cls(scale / softcap, softcap, True)
 
     def times(self, factor: Scalar) -> Transform:
-        """This, then a multiplication by ``factor``."""
+        """This transform, then a multiplication by ``factor``."""
         if self.tanh:
             return dataclasses.replace(self, outer=self.outer * factor)
         return dataclasses.replace(self, inner=self.inner * factor)
 
     @property
     def identity(self) -> bool:
-        """Whether it is known to change nothing."""
+        """True if it is known to change nothing."""
         return not self.tanh and isinstance(self.inner, float) and self.inner == 1.0
 
     @property
@@ -76,6 +81,7 @@ class Head:
         bias: [v] or None.
         vocab: which rows.
         transform: from products to logits.
+        logits_dtype: of the products, which are accumulated and kept in it; None is that of ``hidden``.
     """
 
     hidden: torch.Tensor
@@ -83,14 +89,20 @@ class Head:
     bias: torch.Tensor | None
     vocab: VocabShard
     transform: Transform = Transform()
+    logits_dtype: torch.dtype | None = None
 
     @property
     def wide(self) -> torch.dtype:
         """Dtype of the arithmetic on logits and of the statistics: float64 for float64, else float32."""
         return wide_of(self.hidden.dtype)
 
+    @property
+    def kept(self) -> torch.dtype:
+        """Dtype of the products."""
+        return self.logits_dtype or self.hidden.dtype
+
     def columns(self, start: int, stop: int) -> Head:
-        """The same for rows ``[start, stop)`` of this rank's weight only; its ``vocab`` stays the whole shard's."""
+        """The same for rows ``[start, stop)`` of this rank's weight; ``vocab`` stays that of the full shard."""
         bias = None if self.bias is None else self.bias[start:stop]
         return dataclasses.replace(self, weight=self.weight[start:stop], bias=bias)
 
@@ -100,7 +112,7 @@ class Options:
     """Options of the cross entropy, as in ``torch.nn.functional.cross_entropy``, and the weight of the z-loss.
 
     Raises:
-        TensorParallelError: an unknown reduction, a label smoothing outside [0, 1], a z-loss that is no finite number.
+        TensorParallelError: an unknown reduction, a label smoothing outside [0, 1], a z-loss that is not finite.
     """
 
     reduction: str = "mean"
@@ -117,9 +129,20 @@ class Options:
             raise TensorParallelError(f"z_loss must be a finite number, got {self.z_loss!r}.")
 
 
+def logits_dtype_of(asked: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    """``Head.logits_dtype`` for products of factors of ``dtype``; float32 asks for at least that.
+
+    Raises:
+        TensorParallelError: a dtype that is neither float32 nor that of the factors.
+    """
+    if asked not in (None, dtype, torch.float32):
+        raise TensorParallelError(f"logits_dtype must be torch.float32, {dtype} (the inputs') or None, got {asked!r}.")
+    return wide_of(dtype) if asked == torch.float32 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which gradients are asked for. Must be the same on all ranks of the group."""
+    """The gradients asked for, the same on all ranks of the group."""
 
     hidden: bool
     weight: bool
@@ -133,15 +156,15 @@ class Wanted:
 class HeadGrads:
     """Gradients of a head, to be multiplied by ``scale``; None where not wanted.
 
-    They stay apart from their scale until they are unpacked, so that neither 1/n nor a loss scale meets them in
-    half precision.
+    They stay apart from their scale until they are unpacked, so that neither 1/n nor a loss scale rounds them in half
+    precision.
 
     Attributes:
         hidden: [N, H] or the shape of the hidden states; already summed over the group.
         weight: [v, H], this rank's rows; in float32 when it was accumulated over chunks.
         bias: [v].
         scale: 0-dim, float32 or float64.
-        fresh: made for one backward and unpacked once, so that the tensors may be scaled where they are.
+        fresh: made for one backward and unpacked once, so that the tensors may be scaled in place.
     """
 
     hidden: torch.Tensor | None
@@ -149,6 +172,11 @@ class HeadGrads:
     bias: torch.Tensor | None
     scale: torch.Tensor
     fresh: bool = False
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The gradients and their scale."""
+        return self.hidden, self.weight, self.bias, self.scale
 
     def scaled(self, factor: Scalar) -> HeadGrads:
         """The same gradients times ``factor``."""
@@ -161,7 +189,7 @@ def unpack(grads: Sequence[HeadGrads], part: str, dtype: torch.dtype) -> torch.T
     """Sum of ``scale * gradient`` over ``grads``, multiplied and added in float32 (float64), rounded once to ``dtype``.
 
     Args:
-        grads: what to add up.
+        grads: the terms of the sum.
         part: ``"hidden"``, ``"weight"`` or ``"bias"``.
         dtype: of the result.
     """

@@ -1,4 +1,4 @@
-"""The autograd nodes behind :mod:`tp_plugin.loss.shards`: logits [..., v] that exist and stay as they are."""
+"""The autograd nodes of :mod:`tp_plugin.loss.shards`, over logits [..., v] that exist and are not changed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 import torch
 
 from tp_plugin.collectives import all_gather, all_reduce_, start_all_gather
-from tp_plugin.loss.block import Asked, Coefficients, TorchBlock, merge
-from tp_plugin.loss.functional import refuse_double_backward
-from tp_plugin.loss.parts import Transform, wide_of
-from tp_plugin.loss.sums import PURPOSE
+from tp_plugin.loss.block import Asked, Coefficients, Targets, TorchBlock, merge
+from tp_plugin.loss.node import refuse_double_backward
+from tp_plugin.loss.parts import Transform, as_rows, wide_of
+from tp_plugin.loss.products import PURPOSE
 from tp_plugin.loss.vocab import VocabShard
 
 MASKED = torch.finfo(torch.float64).min  # stands for a logit of -inf among candidates
-ROWS_BYTES = 64 << 20  # of a block in wide arithmetic
+ROWS_BYTES = 64 << 20  # memory of a block in float32 (float64)
 
 
 class Rows(torch.autograd.Function):
-    """Target logit, entropy, log Z and mean logit of each row, from logits that stay as they are."""
+    """Target logit, entropy, log Z, mean logit and largest word of each row; the logits are not changed."""
 
     @staticmethod
-    def forward(ctx, logits, labels, valid, vocab, with_mean):
+    def forward(ctx, logits, labels, valid, vocab, with_mean, with_top):
         ctx.set_materialize_grads(False)
-        ctx.vocab, ctx.asked = vocab, Asked(logit_sum=with_mean, entropy=True)
+        ctx.vocab, ctx.asked = vocab, Asked(logit_sum=with_mean, entropy=True, top_id=with_top)
         flat, y, counted = as_rows(logits.detach()), labels.reshape(-1), valid.reshape(-1)
         own = torch.empty(len(ctx.asked.names), flat.shape[0], dtype=wide_of(logits.dtype), device=logits.device)
         for rows in _slices(flat):
@@ -33,10 +33,14 @@ class Rows(torch.autograd.Function):
         ctx.shape = logits.shape
         assert stats.entropy is not None
         mean = None if stats.logit_sum is None else (stats.logit_sum / vocab.size).reshape(labels.shape)
-        return *(x.reshape(labels.shape) for x in (stats.target, stats.entropy, stats.log_z)), mean
+        top_id = None
+        if stats.top_id is not None:
+            top_id = stats.top_id.reshape(labels.shape).long()
+            ctx.mark_non_differentiable(top_id)
+        return *(x.reshape(labels.shape) for x in (stats.target, stats.entropy, stats.log_z)), mean, top_id
 
     @staticmethod
-    def backward(ctx, target, entropy, log_z, mean):
+    def backward(ctx, target, entropy, log_z, mean, _):
         refuse_double_backward()
         flat, labels, valid, row_log_z, row_entropy = ctx.saved_tensors
         given = [None if g is None else g.reshape(-1).to(row_log_z.dtype) for g in (target, entropy, log_z, mean)]
@@ -51,7 +55,7 @@ class Rows(torch.autograd.Function):
         for rows in _slices(flat):
             block = _block(flat[rows], labels[rows], valid[rows], ctx.vocab, ctx.asked)
             grad[rows] = block.gradient_(row_log_z[rows], row_entropy[rows], by[rows])
-        return grad.reshape(ctx.shape), None, None, None, None
+        return grad.reshape(ctx.shape), None, None, None, None, None
 
 
 class Softmax(torch.autograd.Function):
@@ -59,10 +63,10 @@ class Softmax(torch.autograd.Function):
     def forward(ctx, logits, vocab, logarithm):
         ctx.vocab, ctx.logarithm = vocab, logarithm
         flat = as_rows(logits.detach())
-        nobody, asked = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device), Asked()
+        no_labels, asked = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device), Asked()
         own = torch.empty(len(asked.names), flat.shape[0], dtype=wide_of(flat.dtype), device=flat.device)
         for rows in _slices(flat):
-            own[:, rows] = _block(flat[rows], nobody[rows], nobody[rows] > 0, vocab, asked).statistics()
+            own[:, rows] = _block(flat[rows], no_labels[rows], no_labels[rows] > 0, vocab, asked).statistics()
         log_z = merge(start_all_gather(own, vocab.group, purpose=PURPOSE)(), asked).log_z.unsqueeze(1)
         out = torch.empty_like(flat, memory_format=torch.contiguous_format)
         for rows in _slices(flat):
@@ -113,31 +117,26 @@ class TopKOfShards(torch.autograd.Function):
         return back.reshape(ctx.shape), None, None
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., v] as a matrix; v may be 0, of which ``reshape(-1, v)`` makes nothing."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def _block(
     logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, vocab: VocabShard, asked: Asked
 ) -> TorchBlock:
     wide = logits.to(wide_of(logits.dtype), copy=True)
-    return TorchBlock(wide, labels, valid, vocab.start, logits.dtype, Transform(), asked)
+    return TorchBlock(wide, Targets(labels, valid, vocab.start), logits.dtype, Transform(), asked)
 
 
 def _slices(flat: torch.Tensor) -> Iterator[slice]:
-    """Rows whose copy in wide arithmetic, and as much again, take ``ROWS_BYTES``."""
+    """Slices of rows, twice whose copy in float32 (float64) takes ``ROWS_BYTES``."""
     step = max(1, ROWS_BYTES // max(1, 2 * flat.shape[1] * wide_of(flat.dtype).itemsize))
     for start in range(0, flat.shape[0], step):
         yield slice(start, min(start + step, flat.shape[0]))
 
 
 def top_candidates(own: torch.Tensor, k: int, vocab: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest of all ranks' rows: values [N, k] and global ids, of this rank's logits ``own`` [N, v]."""
+    """The ``k`` largest of full rows, values [N, k] and global ids, from this rank's logits ``own`` [N, v]."""
     n = min(k, vocab.rows)
-    # float64 holds every id and every floating dtype's values: one tensor travels
+    # float64 represents all ids and the values of all floating dtypes, so that one all-gather is enough
     packed = torch.zeros((2, own.shape[0], k), dtype=torch.float64, device=own.device)
-    packed[0] = float("-inf")  # below every word, those masked by -inf included
+    packed[0] = float("-inf")  # below all words, even those masked by -inf
     if n:
         values, ids = own.max(1, keepdim=True) if n == 1 else own.topk(n, dim=1)
         packed[0, :, :n], packed[1, :, :n] = values.double().clamp(min=MASKED), ids + vocab.start

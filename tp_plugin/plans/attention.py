@@ -1,4 +1,4 @@
-"""Attention: heads dealt to ranks, and everything in the block that follows them."""
+"""Attention: heads dealt to ranks, and the layouts of everything in the block that follows them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
+from tp_plugin.plans.attention_attributes import HEAD_DIM, head_dim_of, local_attributes
 from tp_plugin.plans.checks import in_features, out_dim, out_features, require_wide_norm
-from tp_plugin.plans.heads import HeadShards, deal_heads
+from tp_plugin.plans.heads import PACKINGS, HeadShards, deal_heads, local_heads, local_packed
 from tp_plugin.plans.match import Modules
-from tp_plugin.plans.packing import PACKINGS, cut, local_heads
 from tp_plugin.plans.plan import HeadInput, Local, Placement, RegionPlan, Rule
 
 ROLES = {
@@ -19,9 +19,7 @@ ROLES = {
     **dict.fromkeys(("k_proj", "key", "k", "wk", "k_lin", "k_norm"), "key"),
     **dict.fromkeys(("v_proj", "value", "v", "wv", "v_lin"), "value"),
 }
-"""What columns compute whose rule does not say, by the last part of their name."""
-HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
-"""Attributes of an attention module that give a head's size; the first that there is counts."""
+"""Roles of columns whose rule names none, by the last part of the module's name."""
 COUNTS = {
     **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head"), p.QUERY_HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), p.KV_HEADS),
@@ -31,51 +29,77 @@ COUNTS = {
 
 
 def role_of(name: str, rule: Rule) -> str:
-    """What the column ``name`` computes for an attention; empty if for something else."""
+    """Role of the column ``name`` in an attention; empty for another column."""
     return rule.role or ROLES.get(name.rpartition(".")[2], "")
 
 
 def is_attention(columns: Mapping[str, Rule]) -> bool:
-    """Whether one of these columns makes queries; keys and values may come from another layer (Gemma 3n)."""
-    return any("q" in _kinds(role_of(name, rule)) for name, rule in columns.items())
+    """Return True if one of these columns makes queries; keys and values may come from another layer (Gemma 3n)."""
+    return any("q" in PACKINGS[role].kinds for name, rule in columns.items() if (role := role_of(name, rule)))
 
 
-def _kinds(role: str) -> set[str]:
-    return {kind for kind, _ in PACKINGS[role].order(4, 4)} if role else set()
+def has_heads(columns: Mapping[str, Rule], modules: Modules) -> bool:
+    """Return True if these columns are an attention's.
+
+    Columns of the user's rules that are queries by their name alone, without keys and values, are not where their
+    parent has no head count.
+    """
+    if not is_attention(columns):
+        return False
+    yours = all(
+        rule.source == p.YOURS and not rule.role and role_of(name, rule) in ("", "query")
+        for name, rule in columns.items()
+    )
+    parents = {name: modules[name.rpartition(".")[0]] for name in columns}
+    return not yours or any(head_dim_of(parent, out_features(modules[name])) for name, parent in parents.items())
 
 
 class Attention:
-    """One attention block: its heads, and how each member of it is cut.
+    """One attention block: its heads, and the layout of each member.
 
     Raises:
-        TensorParallelError: heads that cannot be told from the sizes, or cannot be dealt to ``tp`` ranks.
+        TensorParallelError: heads that the sizes do not tell, or that cannot be dealt to ``tp`` ranks.
     """
 
-    def __init__(self, block: str, columns: Mapping[str, Rule], row: str, modules: Modules, tp: int) -> None:
+    def __init__(
+        self, block: str, columns: Mapping[str, Rule], row: str, modules: Modules, tp: int, *, uneven: bool = False
+    ) -> None:
         self.block, self.columns, self.row, self.modules = block, columns, row, modules
         self.roles = {name: role_of(name, rule) for name, rule in columns.items()}
         self.head_dim = self._head_dim()
         width = in_features(modules[row])
         self.value_dim = self._value_dim()
         self.queries = width // self.value_dim if self.value_dim else 0
-        counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kvs}
+        counts = {self._kvs(name) for name, role in self.roles.items() if role and PACKINGS[role].kinds & {"k", "v"}}
         counts = counts or {self._shared_kvs()}
         if not self.queries or self.queries * self.value_dim != width or len(counts) != 1 or counts & {None, 0}:
             raise TensorParallelError(self._puzzle())
         self.kvs: int = int(counts.pop() or 0)
         fits = [PACKINGS[role].fits for role in self.roles.values() if role]
         self.dealt: HeadShards = deal_heads(
-            self.queries, self.kvs, tp, block, lambda heads: all(fit(heads) for fit in fits)
+            self.queries, self.kvs, tp, block, lambda heads: all(fit(heads) for fit in fits), uneven=uneven
         )
 
     def _head_dim(self) -> int:
         given = {rule.head_dim for rule in self.columns.values() if rule.head_dim}
         parents = [self.modules[name.rpartition(".")[0]] for name in self.columns]
         found = (getattr(parent, name, None) for parent in parents for name in HEAD_DIM)
-        return given.pop() if given else next((size for size in found if isinstance(size, int) and size > 0), 0)
+        size = given.pop() if given else next((size for size in found if isinstance(size, int) and size > 0), 0)
+        if size or not self._yours():
+            return size
+        width = in_features(self.modules[self.row])
+        sizes = set()
+        for name, role in self.roles.items():
+            if role and "q" in PACKINGS[role].kinds:
+                outputs = out_features(self.modules[name]) if role == "query" else width
+                sizes.add(head_dim_of(self.modules[name.rpartition(".")[0]], outputs))
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def _yours(self) -> bool:
+        return all(rule.source == p.YOURS for rule in self.columns.values())
 
     def _value_dim(self) -> int:
-        """Size of a head's values, where the attention says that it is not that of its keys."""
+        """Size of a head's values, which may differ from that of its keys."""
         parents = {name.rpartition(".")[0] for name in self.columns}
         separate = "value" in self.roles.values()
         found = (getattr(self.modules[parent], "v_head_dim", None) for parent in parents if separate)
@@ -84,12 +108,11 @@ class Attention:
     def _kvs(self, name: str) -> int | None:
         size = self.value_dim if self.roles[name] == "value" else self.head_dim
         heads, rest = divmod(out_features(self.modules[name]), size or 1)
-        kvs = PACKINGS[self.roles[name]].kvs
-        found = kvs(heads, self.queries) if kvs is not None and not rest else 0
+        found = 0 if rest else PACKINGS[self.roles[name]].kvs(heads, self.queries) or 0
         return int(found) if found == int(found) and found > 0 else None
 
     def _shared_kvs(self) -> int | None:
-        """KV heads of an attention that takes keys and values from another layer, by its number of groups."""
+        """KV heads of an attention that gets keys and values from another layer, by its number of groups."""
         parents = {name.rpartition(".")[0] for name in self.columns}
         groups = {getattr(self.modules[parent], "num_key_value_groups", None) for parent in parents}
         found = groups.pop() if len(groups) == 1 else None
@@ -97,28 +120,33 @@ class Attention:
 
     def _puzzle(self) -> str:
         sizes = {name.rpartition(".")[2]: out_features(self.modules[name]) for name in self.columns}
+        needs = "its layout needs rules of its own, or column_gather and row_split"
+        if self._yours():
+            needs = (
+                "give it an attribute head_dim or num_heads that its forward reads, or use the styles column_gather "
+                "and row_split, which compute all heads on every rank"
+            )
         return (
             f"{self.block}: cannot tell its heads from head_dim={self.head_dim or None}, output sizes {sizes} and row "
-            f"input {in_features(self.modules[self.row])}; its layout needs rules of its own, or column_gather and "
-            "row_split."
+            f"input {in_features(self.modules[self.row])}; {needs}."
         )
 
     def column(self, name: str, rule: Rule) -> Placement:
         """Queries, keys, values, several of them packed, or a gate that follows the queries."""
         module, role = self.modules[name], self.roles[name]
-        size, heads = out_features(module), len(PACKINGS[role or "query"].order(self.queries, self.kvs))
+        size, heads = out_features(module), len(PACKINGS[role or "query"].heads(self.queries, self.kvs))
         if size % heads or (not role and size not in (self.queries, self.queries * self.head_dim)):
             raise TensorParallelError(self._puzzle())
-        layout, outputs = self._cut(role or "query", module.weight.shape, out_dim(module), size // heads)
+        layout, outputs = self._layout(role or "query", module.weight.shape, out_dim(module), size // heads)
         layouts = {"weight": layout}
         if getattr(module, "bias", None) is not None:
             layouts["bias"] = layout.along(0, module.bias.shape)
         return Placement(name, rule.style, rule.source, layouts, outputs, rule.equivalent)
 
     def placed_row(self, rule: Rule) -> Placement:
-        """The row takes what the queries' heads give."""
+        """The row takes the results of the queries' heads."""
         module = self.modules[self.row]
-        layout, _ = self._cut("query", module.weight.shape, 1 - out_dim(module), self.value_dim)
+        layout, _ = self._layout("query", module.weight.shape, 1 - out_dim(module), self.value_dim)
         return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
 
     def follower(self, name: str, rule: Rule) -> Placement:
@@ -128,7 +156,7 @@ class Attention:
         owner, _, leaf = name.rpartition(".") if rule.style == p.PER_HEAD else (name, "", "weight")
         shape = getattr(self.modules[owner], leaf).shape
         role = role_of(name, rule) or "query"
-        heads = len(PACKINGS[role].order(self.queries, self.kvs))
+        heads = len(PACKINGS[role].heads(self.queries, self.kvs))
         if shape[rule.dim] % heads:
             raise TensorParallelError(
                 f"{name!r} has {shape[rule.dim]} entries along dimension {rule.dim}, which do not follow the {heads} "
@@ -136,7 +164,7 @@ class Attention:
             )
         if rule.style == p.WIDE_NORM:
             require_wide_norm(name, self.modules[name])
-        layout, outputs = self._cut(role, shape, rule.dim, shape[rule.dim] // heads)
+        layout, outputs = self._layout(role, shape, rule.dim, shape[rule.dim] // heads)
         if rule.style == p.PER_HEAD and outputs is not None:
             raise TensorParallelError(
                 f"{name!r} follows key/value heads that a rank would have to use more than once; choose "
@@ -146,7 +174,7 @@ class Attention:
 
     def _each_head(self, name: str, rule: Rule) -> Placement:
         role = role_of(name, rule) or "query"
-        heads, found = len(PACKINGS[role].order(self.queries, self.kvs)), len(getattr(self.modules[name], "norms", ()))
+        heads, found = len(PACKINGS[role].heads(self.queries, self.kvs)), len(getattr(self.modules[name], "norms", ()))
         if found != heads:
             raise TensorParallelError(
                 f"{name!r} has {found} modules in 'norms' for the {heads} heads of {self.block!r}; correct its rule."
@@ -157,10 +185,10 @@ class Attention:
     def _plain_degrees(self) -> list[int]:
         return [n for n in range(1, self.kvs + 1) if self.kvs % n == 0 and self.queries % n == 0]
 
-    def _cut(
+    def _layout(
         self, role: str, shape: tuple[int, ...], dim: int, unit: int
     ) -> tuple[ShardLayout, tuple[tuple[int, ...], ...] | None]:
-        held, outputs = cut(self.dealt, self.queries, self.kvs, PACKINGS[role])
+        held, outputs = local_packed(self.dealt, self.queries, self.kvs, PACKINGS[role])
         return ShardLayout.units(shape, dim, unit, held), outputs
 
     def region(self) -> RegionPlan:
@@ -170,6 +198,8 @@ class Attention:
         for name, rule in self.columns.items():
             parent = name.rpartition(".")[0]
             counted = dict(rule.local) or {k: q for k, q in COUNTS.items() if self._counts(parent, k, q)}
+            if rule.source == p.YOURS and not rule.local:
+                counted |= local_attributes(self.modules[parent], self.queries, self.kvs, self.head_dim)
             for attribute, quantity in counted.items():
                 told[parent, attribute] = self._local(parent, attribute, quantity)
             for argument in rule.inputs:
@@ -177,7 +207,7 @@ class Attention:
         return RegionPlan(self.block, tuple(self.columns), self.row, tuple(told.values()), tuple(inputs.values()))
 
     def _amounts(self, quantity: str) -> tuple[int, tuple[int, ...]]:
-        """In the whole block, and on each rank."""
+        """Number of ``quantity`` in the full block, and on each rank."""
         queries = self.queries, tuple(map(len, self.dealt.queries))
         kvs = self.kvs, tuple(map(sum, self.dealt.repeats))
         if quantity == p.GROUPS:

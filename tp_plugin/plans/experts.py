@@ -1,8 +1,8 @@
-"""How the fused weights of a mixture of experts lie: every expert's intermediate width is dealt to the ranks.
+"""Layouts of the fused weights of a mixture of experts: every expert's intermediate width is sharded.
 
 The weights are ``[experts, 2 * width, hidden]`` and ``[experts, hidden, width]``, or both with their last two
-dimensions exchanged; the first holds ``[gate|up]`` or, interleaved, gate and up in turn, or only an up projection.
-Which of them it is can be told from the shapes and from what transformers notes on the module (``is_concatenated``).
+dimensions exchanged. The first has ``[gate|up]``, gate and up interleaved, or only an up projection. The shapes and
+transformers' attribute ``is_concatenated`` tell them apart.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.layers.dropout import has_dropout
 from tp_plugin.layout import ShardLayout
 from tp_plugin.plans import plan as p
+from tp_plugin.plans.from_transformers import parts_of
 from tp_plugin.plans.plan import MixturePlan, Placement, RegionPlan, Rule
 
 UP = {"gate_up_proj": 2, "up_proj": 1}  # parameter -> widths it holds
 DOWN = "down_proj"
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-"""Experts implementations of transformers that read nothing but the parameters, so that shards do as well."""
+"""Experts implementations of transformers that read the parameters alone, and work on shards."""
 _ALIGNED = (8, 4)  # grouped_mm wants rows of whole 16 bytes: 8 elements in half precision, 4 in single
 
 
 def check_implementation(model: nn.Module) -> str | None:
-    """The experts implementation that a transformers model is set to; None for a model that has no such choice.
+    """The experts implementation that the transformers models in ``model`` are set to; None without such a choice.
 
     Raises:
-        TensorParallelError: it is one that was not tried with shards, or kernels of the hub replace whole blocks.
+        TensorParallelError: the implementation was not tested with shards, or kernels of the hub replace blocks.
     """
-    if getattr(model, "use_kernels", False):
+    parts = list(parts_of(model).values()) or [model]
+    if any(getattr(part, "use_kernels", False) for part in parts):
         raise TensorParallelError(
             "the model's experts run in kernels of the hub, which tensor parallelism does not support; build it with "
             "use_kernels=False."
         )
-    ask = getattr(model, "get_experts_implementation", None)
-    chosen = {name for name in ask().values() if name} if callable(ask) else set()
+    asks = [ask for part in parts if callable(ask := getattr(part, "get_experts_implementation", None))]
+    chosen = {name for ask in asks for name in ask().values() if name}
     for name in sorted(chosen):
         if name not in IMPLEMENTATIONS:
             raise TensorParallelError(
@@ -54,7 +56,7 @@ def place_experts(name: str, module: Any, rule: Rule, tp: int, implementation: s
         implementation: transformers' experts implementation, which may ask for aligned widths.
 
     Raises:
-        TensorParallelError: parameters that are not understood, or a width that cannot be dealt to ``tp`` ranks.
+        TensorParallelError: unknown parameters, or a width that cannot be sharded over ``tp`` ranks.
     """
     params = dict(module.named_parameters())
     up = next((leaf for leaf in UP if leaf in params), None)
@@ -95,7 +97,7 @@ def place_experts(name: str, module: Any, rule: Rule, tp: int, implementation: s
 
 
 def _unit(name: str, width: int, tp: int, element_size: int | None) -> int:
-    """Elements of the width that stay together."""
+    """Number of elements of the width that stay together."""
     if width < tp:
         raise TensorParallelError(
             f"the experts {name!r} have an intermediate width of {width}, fewer than the {tp} ranks; choose "
@@ -104,14 +106,14 @@ def _unit(name: str, width: int, tp: int, element_size: int | None) -> int:
     if element_size is None:
         return 1
     aligned = [n for n in _ALIGNED if n * element_size % 16 == 0 and width % n == 0]
-    if not aligned:  # grouped_mm does not take the whole width either, only its fallback does
+    if not aligned:  # grouped_mm does not take the full width either, its fallback alone does
         return 1
     unit = next((n for n in aligned if width // n >= tp), None)
     if unit is None:
         raise TensorParallelError(
-            f"the experts {name!r} have an intermediate width of {width}, of which {tp} ranks cannot each hold rows of "
-            f"whole 16 bytes as grouped_mm needs them; choose tensor_parallel.autotp_size at most "
-            f"{width // aligned[-1]} or call model.set_experts_implementation('eager')."
+            f"the experts {name!r} of width {width} do not give each of {tp} ranks rows of whole 16 bytes, as "
+            f"grouped_mm needs them: choose tensor_parallel.autotp_size at most {width // aligned[-1]} or call "
+            "model.set_experts_implementation('eager')."
         )
     return unit
 
@@ -119,10 +121,10 @@ def _unit(name: str, width: int, tp: int, element_size: int | None) -> int:
 def join_mixtures(
     experts: Sequence[str], regions: Sequence[RegionPlan], matched: Mapping[str, Rule], modules: Mapping[str, Any]
 ) -> tuple[list[MixturePlan], list[RegionPlan]]:
-    """Experts with the shared experts beside them, and the regions that are left.
+    """Experts with the shared experts beside them, and the remaining regions.
 
-    Shared experts that get the same hidden states come in through the experts' door; where a rule of style ``sum``
-    says that the block adds the results up, they leave with them too.
+    Shared experts that get the same hidden states enter the region with the experts. Where a rule of style ``sum``
+    says that the block adds the results up, they leave it together too.
     """
     mixtures, left = [], list(regions)
     for name in experts:
@@ -137,16 +139,16 @@ def join_mixtures(
 
 
 def _all_partial(block: str, shared: Sequence[str], matched: Mapping[str, Rule], modules: Mapping[str, Any]) -> bool:
-    """Whether everything shared in ``block`` gives partial results, or scales them: a whole one would be summed too."""
+    """Return True if every shared module of ``block`` gives or scales partial results; a full one would be summed."""
     found = [f"{block}.{leaf}" for leaf, child in modules[block].named_children() if leaf.startswith("shared")]
     scales = {name for name, rule in matched.items() if rule.style == p.ENTER}
     return all(name in shared or name in scales or next(modules[name].parameters(), None) is None for name in found)
 
 
 def _is_shared(region: RegionPlan, block: str, modules: Mapping[str, Any]) -> bool:
-    """Whether a region is one of the shared experts of ``block``, with nothing in it that must stay outside the door.
+    """Return True if a region is one of the shared experts of ``block``, and can enter and leave with the experts.
 
-    One that drops anything stays a region of its own, which derives its randomness.
+    A region with dropout stays a region of its own, which seeds its dropout by rank.
     """
     parent, _, leaf = region.block.rpartition(".")
     if parent != block or not leaf.startswith("shared") or has_dropout(modules[region.block]):

@@ -1,15 +1,13 @@
-"""Rules for what nobody described, read off the modules and their shapes.
+"""Rules inferred from modules and their shapes, for blocks that no other rule matches.
 
-Only plain patterns are taken: query, key and value projections by name with their output projection, and one or two
-linears that widen followed by the one that narrows again. A block that holds anything else acting on its inner width
-(a convolution, a bare parameter, an unknown norm) stays replicated, which is always right. What a forward really does
-cannot be read off shapes, so a plan with inferred rules is tried on a small copy before it is used
-(:mod:`tp_plugin.verify.guard`).
+Two patterns are recognised: query, key and value projections by name with their output projection, and one or two
+linear layers that widen followed by one that narrows again. A block with anything else on its inner width (a
+convolution, a bare parameter, an unknown norm) stays replicated, which is always right. Shapes do not tell what a
+forward computes, so a plan with inferred rules is tried on a small copy (:mod:`tp_plugin.step_guard.trial`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 from collections.abc import Collection, Iterator
@@ -18,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from tp_plugin.plans import plan as p
-from tp_plugin.plans.attention import HEAD_DIM, ROLES
-from tp_plugin.plans.checks import in_features, is_conv1d, out_features
+from tp_plugin.plans.attention import ROLES
+from tp_plugin.plans.attention_attributes import head_dim_of, local_attributes, methods_of
+from tp_plugin.plans.checks import in_features, is_linear, out_features
 from tp_plugin.plans.match import Modules
 from tp_plugin.plans.plan import Rule, fold
 
@@ -30,26 +29,14 @@ _ROLES = {
     **dict.fromkeys(("key_proj", "k_linear", "linear_k", "project_k", "to_k", "Wk", "key_linear"), "key"),
     **dict.fromkeys(("value_proj", "v_linear", "linear_v", "project_v", "to_v", "Wv", "value_linear"), "value"),
 }
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nheads", "heads", "h")
-_WIDTHS = (
-    "all_head_size",
-    "inner_dim",
-    "embed_dim",
-    "hidden_size",
-    "d_model",
-    "dim",
-    "width",
-    "hidden_dim",
-    "attn_dim",
-)
 
 
 def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
-    """Rules for the blocks of which no other source speaks.
+    """Infer rules for the blocks that no other rule matches.
 
     Args:
-        modules: full name -> module of the whole model, which may be on ``meta``.
-        spoken: modules that have a rule already; layers that hold one are left alone.
+        modules: full name -> module of the full model, which may be on ``meta``.
+        spoken: modules that have a rule already; layers with one of them are left alone.
 
     Returns:
         Rules with source "inferred"; patterns are folded over layer numbers. Layers that would need different rules
@@ -69,13 +56,13 @@ def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
                     known = found.setdefault(rule.pattern, rule)
                     clashing |= {rule.pattern} if known != rule else set()
     of_all = {fold(name) for name in modules if name not in claimed and _layer(name) not in taken}
-    clashing |= of_all & found.keys()  # one pattern speaks of all layers or of none
+    clashing |= of_all & found.keys()  # one pattern matches all layers or none
     blocks = {_block_pattern(found[pattern]) for pattern in clashing}
     return [rule for rule in found.values() if _block_pattern(rule) not in blocks]
 
 
 def _layer(name: str) -> str:
-    """The numbered module nearest above ``name``, or its topmost parent."""
+    """The nearest numbered module above ``name``, or its topmost parent."""
     parts = name.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
     return ".".join(parts[: last + 1])
@@ -93,7 +80,7 @@ def _attention(block: str, modules: Modules, claimed: set[str]) -> Iterator[dict
     parent = modules[block]
     query, key, value = (modules[columns[role]] for role in ("query", "key", "value"))
     width, kv_width = out_features(query), out_features(key)
-    head_dim = _head_dim(parent, width)
+    head_dim = head_dim_of(parent, width)
     if (
         _reads_whole_width(parent)
         or not head_dim
@@ -107,7 +94,7 @@ def _attention(block: str, modules: Modules, claimed: set[str]) -> Iterator[dict
     if not row:
         return
     queries, kvs = width // head_dim, kv_width // head_dim
-    local = tuple(_local(parent, queries, kvs, head_dim))
+    local = tuple(local_attributes(parent, queries, kvs, head_dim))
     rules = {
         name: Rule(fold(name), p.COLUMN, SOURCE, role=role, up=up, region=SOURCE, head_dim=head_dim, local=local)
         for role, name in columns.items()
@@ -119,7 +106,7 @@ def _attention(block: str, modules: Modules, claimed: set[str]) -> Iterator[dict
 
 
 def _output_of(block: str, modules: Modules, columns: set[str], width: int, hidden: int) -> tuple[str, int]:
-    """The linear that takes the heads' ``width`` back to ``hidden``, and how far above it the common block lies."""
+    """The linear layer from the heads' ``width`` back to ``hidden``, and how many parts above it the block is."""
     beside = [f"{block}.{leaf}" for leaf, m in _linears(modules[block]) if f"{block}.{leaf}" not in columns]
     fits = [n for n in beside if in_features(modules[n]) == width and out_features(modules[n]) == hidden]
     if len(fits) == len(beside) == 1:
@@ -184,7 +171,7 @@ def _rest(
     known: dict[int, str],
     claimed: set[str],
 ) -> dict[str, Rule] | None:
-    """Rules for whatever else holds parameters in ``block``; None if it may act on the sharded width."""
+    """Rules for the other modules with parameters in ``block``; None if one of them may act on the sharded width."""
     found: dict[str, Rule] = {}
     for name, module in modules.items():
         if not (name == block or name.startswith(f"{block}.")) or name in rules or name in claimed:
@@ -227,9 +214,7 @@ def _parents(rules: dict[str, Rule]) -> set[str]:
 
 def _linears(module: nn.Module) -> list[tuple[str, Any]]:
     return [
-        (leaf, child)
-        for leaf, child in module.named_children()
-        if (type(child).forward is nn.Linear.forward and isinstance(child, nn.Linear)) or is_conv1d(child)
+        (leaf, child) for leaf, child in module.named_children() if is_linear(child) and "weight" in child._parameters
     ]
 
 
@@ -237,41 +222,9 @@ def _shape(module: Any) -> tuple[int, int]:
     return in_features(module), out_features(module)
 
 
-def _head_dim(parent: nn.Module, width: int) -> int:
-    """As the attention says itself, or from its number of heads, or from its config."""
-    for name in (*HEAD_DIM, "d_head", "dim_head", "d_k", "d_kv"):
-        if isinstance(found := getattr(parent, name, None), int) and found > 0:
-            return found
-    for owner in (parent, getattr(parent, "config", None)):
-        for name in _HEAD_COUNTS:
-            if isinstance(count := getattr(owner, name, None), int) and count > 0 and width % count == 0:
-                return width // count
-    return 0
-
-
-def _local(parent: nn.Module, queries: int, kvs: int, head_dim: int) -> Iterator[tuple[str, str]]:
-    """The attributes that the class's methods read and whose values are counts of its heads or widths."""
-    for name in dict.fromkeys(_attributes_read(type(parent))):
-        value: Any = parent
-        for part in name.split("."):
-            value = getattr(value, part, None)
-        leaf = name.rpartition(".")[2]
-        if not isinstance(value, int) or isinstance(value, bool) or leaf in HEAD_DIM:
-            continue
-        is_kv = "kv" in leaf or "key_value" in leaf
-        if "group" in leaf and value == queries // kvs:
-            yield name, p.GROUPS
-        elif is_kv and value == kvs:
-            yield name, p.KV_HEADS
-        elif (leaf in _HEAD_COUNTS or "head" in leaf) and value == queries:
-            yield name, p.QUERY_HEADS
-        elif leaf in _WIDTHS and value == queries * head_dim:
-            yield name, p.QUERY_WIDTH
-
-
 def _reads_whole_width(parent: nn.Module) -> bool:
-    """Whether a forward takes the width from its input's shape, or is given something for every head."""
-    source = "".join(_methods(type(parent)))
+    """Return True if a forward reads the width from its input's shape, or gets something for every head."""
+    source = "".join(methods_of(type(parent)))
     widths = re.findall(r"\w+, *\w+, *([A-Za-z]\w*) = \w+\.(?:size\(\)|shape)\n", source)
     takes = inspect.signature(parent.forward).parameters
     return (
@@ -280,18 +233,3 @@ def _reads_whole_width(parent: nn.Module) -> bool:
         or "Sparse" in type(parent).__name__
         or "hidden_dim=" in source
     )
-
-
-def _attributes_read(kind: type) -> list[str]:
-    return [name for source in _methods(kind) for name in re.findall(r"\bself\.((?:config\.)?\w+)", source)]
-
-
-def _methods(kind: type) -> Iterator[str]:
-    """The source of every method but ``__init__``, where it can be had."""
-    for owner in kind.__mro__:
-        if owner in (nn.Module, object):
-            return
-        for name, method in vars(owner).items():
-            if inspect.isfunction(method) and name != "__init__":
-                with contextlib.suppress(OSError, TypeError):
-                    yield inspect.getsource(method)

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): heads are expanded from low-rank latents that every rank computes.
 
-Queries come from ``q_proj`` or, by way of a latent, from ``q_b_proj``; ``kv_b_proj`` expands the other latent to a
-key and a value for each head, and a part of the key that all heads share goes past it. Heads are dealt to ranks; the
-latents, their norms and the key-value cache, which holds latents, stay replicated.
+Queries come from ``q_proj``, or through a latent from ``q_b_proj``. ``kv_b_proj`` expands the other latent to a key and
+a value for each head. A part of the key that all heads share goes past it. Heads are sharded. The latents, their norms
+and the key-value cache of latents stay replicated.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ EXPAND = "kv_b_proj"
 
 
 def is_latent(columns: Iterable[str]) -> bool:
-    """Whether these columns of a block belong to a latent attention."""
+    """Return True if these columns of a block belong to a latent attention."""
     return any(name.endswith(f".{EXPAND}") for name in columns)
 
 
 class LatentAttention:
-    """One latent attention: as many keys and values as queries, dealt by whole heads.
+    """One latent attention: as many keys and values as queries, dealt by heads.
 
     Raises:
-        TensorParallelError: heads that cannot be told, or cannot be dealt to ``tp`` ranks.
+        TensorParallelError: heads that the sizes do not tell, or that cannot be dealt to ``tp`` ranks.
     """
 
-    def __init__(self, block: str, columns: Mapping[str, Rule], row: str, modules: Modules, tp: int) -> None:
+    def __init__(
+        self, block: str, columns: Mapping[str, Rule], row: str, modules: Modules, tp: int, *, uneven: bool = False
+    ) -> None:
         self.block, self.columns, self.row, self.modules = block, columns, row, modules
         attention = modules[block]
         nope, rope, self.value = (
@@ -43,7 +45,7 @@ class LatentAttention:
         self.sizes = {EXPAND: nope + self.value, **dict.fromkeys(("q_proj", "q_b_proj"), nope + rope)}
         if rest or not (nope and rope and self.value):
             raise TensorParallelError(self._puzzle(row))
-        self.dealt = deal_heads(self.heads, self.heads, tp, where=block)
+        self.dealt = deal_heads(self.heads, self.heads, tp, where=block, uneven=uneven)
 
     def _puzzle(self, name: str) -> str:
         return (
@@ -70,7 +72,7 @@ class LatentAttention:
         return Placement(name, rule.style, rule.source, layouts, equivalent=rule.equivalent)
 
     def placed_row(self, rule: Rule) -> Placement:
-        """The row takes the heads' values."""
+        """The row takes the values of the heads."""
         layout = self._by_head(self.row, self.modules[self.row].weight.shape, 1)
         return Placement(self.row, rule.style, rule.source, {"weight": layout}, equivalent=rule.equivalent)
 
@@ -83,7 +85,7 @@ class LatentAttention:
         return Placement(owner, rule.style, rule.source, {leaf: layout})
 
     def region(self) -> RegionPlan:
-        """The region; well-known attributes that count its heads become local."""
+        """The region, with the well-known attributes that count its heads."""
         counts = {name for name, quantity in COUNTS.items() if quantity in (p.QUERY_HEADS, p.KV_HEADS)}
         local = tuple(map(len, self.dealt.queries))
         attention = self.modules[self.block]
@@ -92,10 +94,10 @@ class LatentAttention:
 
 
 def shared_key(name: str, modules: Modules) -> int:
-    """How many of the last outputs of the latent projection ``name`` are the key that all heads share.
+    """Number of the last outputs of the latent projection ``name`` that are the key of all heads.
 
     Raises:
-        TensorParallelError: its parent does not say.
+        TensorParallelError: its parent has no attribute that says so.
     """
     size = getattr(modules.get(name.rpartition(".")[0]), "qk_rope_head_dim", None)
     if not isinstance(size, int) or not 0 < size < out_features(modules[name]):

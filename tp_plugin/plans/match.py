@@ -1,9 +1,10 @@
-"""Which rule speaks of which module: matching, the vocabulary, and second names of its parameters."""
+"""Match rules to modules; add rules for the vocabulary and for second names of its parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.plans import plan as p
+from tp_plugin.plans.from_transformers import asked, parts_of
 from tp_plugin.plans.plan import Rule
 
 Modules = Mapping[str, Any]  # full name -> module; typed loosely, as nn.Module types its attributes
@@ -26,10 +28,10 @@ def parameters_of(modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Rule]]:
-    """First matching rule of every module, and of every parameter that a rule may name; HF's rules that hit nothing.
+    """First matching rule of every module, and of every parameter that a rule may name; HF's rules that match nothing.
 
     Raises:
-        TensorParallelError: a rule that is not HF's, nor optional, hits nothing.
+        TensorParallelError: a rule that is neither HF's nor optional matches nothing.
     """
     of_modules = [rule for rule in rules if rule.style not in PARAMETER_STYLES]
     of_parameters = [rule for rule in rules if rule.style in PARAMETER_STYLES]
@@ -41,7 +43,7 @@ def match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Ru
                 if rule.matches(name):
                     hit.add(rule)
                     first = matched.setdefault(name, rule)
-                    if rule.equivalent and first.source == "yours":  # true of the module, whatever its style
+                    if rule.equivalent and first.source == p.YOURS:  # true of the module, whatever its style
                         matched[name] = dataclasses.replace(first, equivalent=True)
     idle = [rule for rule in rules if rule not in hit]
     for rule in idle:
@@ -53,15 +55,15 @@ def match(rules: list[Rule], modules: Modules) -> tuple[dict[str, Rule], list[Ru
 
 
 def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) -> dict[str, Rule]:
-    """The token embedding, the head and whatever is tied to them are sharded over the vocabulary, unless you say
-    otherwise or a family has to keep them whole."""
+    """Rules that shard the token embedding, the head and what is tied to them over the vocabulary.
+
+    A rule of the user's, or a family's ``replicated``, comes first.
+    """
     found: dict[str, Rule] = {}
     weights: set[int] = set()
-    for getter, style in (("get_input_embeddings", p.VOCAB_EMBEDDING), ("get_output_embeddings", p.VOCAB_HEAD)):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
+    getters = (("get_input_embeddings", p.VOCAB_EMBEDDING), ("get_output_embeddings", p.VOCAB_HEAD))
+    for part, (getter, style) in itertools.product(parts_of(model).values() or [model], getters):
+        module = asked(part, getter)
         if not isinstance(module, nn.Embedding if style == p.VOCAB_EMBEDDING else nn.Linear):
             continue  # of an image or of sound, not of words
         for name, candidate in modules.items():
@@ -77,11 +79,11 @@ def vocabulary(model: nn.Module, modules: Modules, matched: Mapping[str, Rule]) 
 
 
 def _settled(rule: Rule | None) -> bool:
-    return rule is not None and (rule.source == "yours" or (rule.source == "family" and rule.style == p.REPLICATED))
+    return rule is not None and (rule.source == p.YOURS or (rule.source == "family" and rule.style == p.REPLICATED))
 
 
 def _bias_names(modules: Modules, heads: set[str]) -> dict[str, Rule]:
-    """A head's bias that its parent names too, as BERT's does: whoever calls the head does not add its bias again."""
+    """A head's bias that its parent names too, as BERT's does: the parent does not add it again."""
     found = {}
     for head in heads:
         parent, _, leaf = head.rpartition(".")
@@ -91,11 +93,3 @@ def _bias_names(modules: Modules, heads: set[str]) -> dict[str, Rule]:
                 name = f"{parent}.{other}" if parent else other
                 found[name] = Rule(name, p.ALIAS, "vocabulary")
     return found
-
-
-def by_region(matched: Mapping[str, Rule]) -> dict[tuple[str, str], dict[str, Rule]]:
-    """(block, region) -> its members."""
-    regions: dict[tuple[str, str], dict[str, Rule]] = {}
-    for name, rule in matched.items():
-        regions.setdefault((rule.block(name), rule.region), {})[name] = rule
-    return regions

@@ -1,4 +1,4 @@
-"""Plan: what happens to every module of one model, as data that can be printed, edited and checked."""
+"""Plan: the sharding of every module of one model, as data that can be printed, edited and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tp_plugin.layout import ShardLayout
 COLUMN = "column"
 """Rows of the weight are sharded: replicated input, sharded output."""
 COLUMN_GATHER = "column_gather"
-"""As column, and the output is joined again for a consumer that is replicated."""
+"""As column, and the output is gathered for a consumer that is replicated."""
 ROW = "row"
 """Columns of the weight are sharded: sharded input, replicated output."""
 ROW_SPLIT = "row_split"
@@ -24,11 +24,11 @@ VOCAB_HEAD = "vocab_head"
 WIDE_NORM = "wide_norm"
 """An RMS norm over the whole sharded width of an attention's queries or keys: sharded, its statistic summed."""
 EACH_HEAD = "each_head"
-"""A module with a list ``norms`` of one module a head, of which a rank uses those of its own heads."""
+"""A module with a list ``norms`` of one module a head; a rank uses those of its own heads."""
 PER_HEAD = "per_head"
-"""A parameter (the pattern names it, not its module) with an entry for each head, cut like the heads."""
+"""A parameter (the pattern names it, not its module) with an entry for each head, sharded like the heads."""
 ALIAS = "alias"
-"""A second name (the pattern names the parameter) of a parameter that another module shards and uses."""
+"""A second name of a parameter that another module shards and uses; the pattern is that name."""
 EXPERTS = "experts"
 """Fused experts ``[experts, ...]``: every expert's intermediate width is sharded, the routing is replicated."""
 SUM = "sum"
@@ -38,17 +38,19 @@ ENTER = "enter"
 LATENT = "latent"
 """Replicated; the last ``qk_rope_head_dim`` of its outputs are a key that all heads share: as ``enter`` for those."""
 FIRST = "first"
-"""Without parameters, and its output is part of a partial result: the group's first rank counts it for all."""
+"""Without parameters; its output is part of a partial result, and the group's first rank alone adds it."""
 PARTIAL = "partial"
 """Replicated, but acting on sharded tensors: its gradient is summed over the TP group."""
 REPLICATED = "replicated"
-"""Whole on every rank, with the same gradient on every rank."""
+"""Full on every rank, with the same gradient on every rank."""
 
 INFERRED = "inferred"
-"""The source of rules that nobody wrote."""
+"""The source of rules that were inferred from modules and shapes."""
+YOURS = "yours"
+"""The source of the rules in the 'plan' of the tp_plugin block."""
 
-NO_RULE, ADDED_ONCE = "no rule speaks of it", "added once, after the sum"
-"""Reasons why a parameter stays whole."""
+NO_RULE, ADDED_ONCE = "no rule matches it", "added once, after the sum"
+"""Reasons why a parameter is replicated."""
 
 STYLES = (
     *(COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, VOCAB_EMBEDDING, VOCAB_HEAD),
@@ -58,32 +60,32 @@ STYLES = (
 QUERY_HEADS, KV_HEADS, GROUPS = "query heads", "kv heads", "query heads a kv head"
 QUERY_WIDTH, KV_WIDTH = "query width", "kv width"
 QUANTITIES = (QUERY_HEADS, KV_HEADS, GROUPS, QUERY_WIDTH, KV_WIDTH)
-"""What an attribute that a forward reads may count; see :attr:`Rule.local`."""
+"""Quantities that an attribute may count; see :attr:`Rule.local`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Modules whose full name matches ``pattern`` get ``style``; the rest says what is peculiar about them.
+    """Modules whose full name matches ``pattern`` get ``style``; the other fields describe their layout.
 
     Attributes:
         pattern: a name pattern such as ``model.layers.*.mlp.up_proj``. ``*`` stands for one dotted part, ``**`` for any
             number of them, none included. Styles ``per_head`` and ``alias`` name a parameter, all others a module.
         style: one of :data:`STYLES`.
-        source: where the rule comes from, for people: "yours", "family", "HF plan".
-        role: what an attention's column computes: "query", "key", "value", or how it packs several of them, see
-            :data:`tp_plugin.plans.packing.PACKINGS`; also whose heads a wide norm or a per-head parameter follows.
-            Empty: by the module's name, else an MLP's.
+        source: origin of the rule, for reports: "yours", "family", "HF plan", "inferred", "vocabulary".
+        role: heads that an attention's column computes: "query", "key", "value", or a packing of several, see
+            :data:`tp_plugin.plans.heads.PACKINGS`; also the heads that a wide norm or a per-head parameter follows.
+            Empty: by the module's name, else a column of an MLP.
         blocks: sub-tensors of the row's width that an MLP's column packs one behind the other: 2 for ``[gate|up]``.
-        up: how many dotted parts above the module its block lies. The columns and the row of one block are a region.
+        up: number of dotted parts from the module up to its block. The columns and the row of a block are a region.
         region: tells regions of one block apart.
-        head_dim: size of a head; None: as an attribute of the column's parent says (``head_dim``, ``head_size``, ...).
+        head_dim: size of a head; None: by an attribute of the column's parent (``head_dim``, ``head_size``, ...).
         local: attributes of the column's parent that its forward reads as sizes of this rank's tensors, each with what
             it counts, one of :data:`QUANTITIES`. ``config.x`` gives the module a view of its config in which ``x`` is
             local. Empty: well-known names of head counts, where the parent has them.
         inputs: arguments of the column's parent that come with an entry for each query head (ALiBi).
         dim: the dimension of a per-head parameter that has an entry for each head.
-        equivalent: its forward is that of ``nn.Linear`` in other words, and may be replaced.
-        optional: not every model of the family has it.
+        equivalent: its forward computes what ``nn.Linear`` does, and may be replaced.
+        optional: the rule may match no module.
     """
 
     pattern: str
@@ -101,11 +103,11 @@ class Rule:
     optional: bool = False
 
     def matches(self, name: str) -> bool:
-        """Whether this rule speaks of ``name``."""
+        """Return True if ``name`` matches the pattern."""
         return _expression(self.pattern).fullmatch(f".{name}") is not None
 
     def within(self, scope: str) -> Rule:
-        """This rule for a model that lies at ``scope`` inside another."""
+        """This rule for a model that is the submodule ``scope`` of another."""
         return dataclasses.replace(self, pattern=f"{scope}.{self.pattern}") if scope else self
 
     def block(self, name: str) -> str:
@@ -129,12 +131,11 @@ class Placement:
         name: the module's full name.
         style: one of :data:`STYLES`.
         source: where the rule came from.
-        layouts: parameter name inside the module -> how it lies on the ranks.
-        outputs: per rank, of which of the heads it holds the output of a column consists, by their place in the shard,
-            in order, some more than once; None where it is simply what the shard gives. For style ``each_head``, which
-            heads of the whole a rank sees.
-        equivalent: the module's class may be replaced outright.
-        tail: how many of the last outputs of a latent projection enter by themselves; None elsewhere.
+        layouts: parameter name inside the module -> its layout.
+        outputs: per rank, the heads of a column's output in order, by their places in the shard, some repeated; None
+            where the output is the shard's. For style ``each_head``, the numbers of a rank's heads.
+        equivalent: the module's class may be replaced.
+        tail: number of the last outputs of a latent projection that enter the region by themselves; None elsewhere.
     """
 
     name: str
@@ -160,12 +161,12 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class HeadInput:
-    """A keyword argument of a module with an entry for each of ``heads`` heads, of which a rank needs its own.
+    """A keyword argument of a module with an entry for each of ``heads`` heads; a rank needs those of its own.
 
     Attributes:
-        module: its full name.
+        module: full name of the module.
         argument: the keyword.
-        heads: how many there are.
+        heads: number of all heads.
         held: per rank, the heads it needs.
     """
 
@@ -201,9 +202,9 @@ class MixturePlan:
     Attributes:
         block: name of the module that holds router, experts and shared experts.
         experts: full name of the fused experts.
-        shared: modules that are shared experts and nothing else: they come in through the experts' door.
+        shared: modules that are shared experts alone: they enter the region with the experts.
         rows: those of the shared experts.
-        summed: whether experts and rows leave their results partial, to be summed together where the block ends.
+        summed: experts and rows leave their results partial, and the block sums them once at its end.
     """
 
     block: str
@@ -215,15 +216,15 @@ class MixturePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole model's sharding over ``tp_size`` ranks, complete before anything is touched.
+    """Sharding of a full model over ``tp_size`` ranks, complete before anything is touched.
 
     Attributes:
         tp_size: ranks.
         placements: every module that is not simply replicated, by name.
         regions: column and row modules that belong together.
-        replicated: the parameters every rank holds whole, by name, and why.
-        unused: rules of HF's plan that hit nothing in this model.
-        mixtures: experts, and the shared experts beside them, which are in no region of their own then.
+        replicated: the parameters that every rank has in full, by name, and why.
+        unused: rules of HF's plan that match nothing in this model.
+        mixtures: experts with the shared experts beside them, which then have no region of their own.
     """
 
     tp_size: int
@@ -234,7 +235,7 @@ class Plan:
     mixtures: tuple[MixturePlan, ...] = ()
 
     def inferred(self) -> list[str]:
-        """Modules whose rule was read off their shapes: right only if a trial says so."""
+        """Modules whose rule was inferred from their shapes, and needs a trial."""
         return [name for name, placement in self.placements.items() if placement.source == INFERRED]
 
     def names(self, *styles: str) -> list[str]:
@@ -242,7 +243,7 @@ class Plan:
         return [name for name, placement in self.placements.items() if placement.style in styles]
 
     def describe(self) -> str:
-        """A table for people: repeated layers are folded, what stays replicated is listed."""
+        """A table in plain text: repeated layers are folded, and replicated parameters are listed."""
         rows: dict[tuple[str, str, str], int] = {}
         for placement in self.placements.values():
             key = (fold(placement.name), placement.style, placement.source)

@@ -1,4 +1,4 @@
-"""What the ranks of a TP group must agree on at every forward: their batch and their random generators."""
+"""Agreement of a TP group's ranks at every forward: on the batch and on the random generators."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tp_plugin.collectives import all_gather, all_reduce_, broadcast_
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import NO_FULLGRAPH, TensorParallelError
-from tp_plugin.layers.dropout import default_generator, draws_random_numbers
-from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding.equal import comm_device, fingerprint
+from tp_plugin.layers.dropout import draws_random_numbers
+from tp_plugin.layers.generators import KINDS, TORCH, TORCH_CPU, set_states, states
+from tp_plugin.mesh import ParallelMesh, comm_device
+from tp_plugin.sharding.sync_params import fingerprint
 
 PURPOSE = "batch check"
 
@@ -24,27 +25,45 @@ ATTRIBUTE = "tp_inputs"
 
 
 class InputGuard:
-    """A forward pre-hook of the sharded model: compares, or hands out, the batch of a TP group.
+    """A forward pre-hook of the sharded model: compares, or broadcasts, the batch of a TP group.
 
-    Compared at the first forward and then at every ``check_batch_every``-th, of training and of evaluation each. One
-    all-gather of three numbers over the TP group; in training one all-reduce over the world too, so that a mismatch
-    in one group is raised on every rank.
+    It compares at the first forward and then at every ``check_batch_every``-th, of training and of evaluation each:
+    one all-gather of ten numbers over the TP group. In training one all-reduce over the world follows, so that a
+    mismatch in one group is raised on every rank. Of the random generators it compares those that forwards draw from:
+    their states differ before and after a compared forward.
     """
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
         self.mesh = mesh
         self.every = config.check_batch_every
         self.broadcast = config.broadcast_batch
-        self.forwards = {True: 0, False: 0}  # training or not -> forwards so far
-        self.in_step = False  # whether the generators have been brought in step
-        self.paused = False  # during forwards that are nobody's but ours
-        self.then: list[Callable[[nn.Module, tuple, dict[str, Any]], None]] = []  # called with inputs known to be alike
+        self.forwards = {True: 0, False: 0}  # number of forwards, by model.training.
+        self.in_step = False  # the generators have been brought in step.
+        self.paused = False  # during the guard's own forwards.
+        self.then: list[Callable[[nn.Module, tuple, dict[str, Any]], None]] = []  # called with compared inputs.
+        self.drawn: set[str] = set()  # generators that a forward drew from.
+        self._before: dict[str, torch.Tensor] | None = None  # their states before a compared forward
         model.__dict__[ATTRIBUTE] = self
         model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+        model.register_forward_hook(self.note_draws)
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self.paused:
+            return args, kwargs
+        args, kwargs = self.prepare(model, args, kwargs)
+        for follow in self.then:
+            follow(model, args, kwargs)
+        return args, kwargs
+
+    def prepare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Compare or broadcast the inputs of a forward of the model, or of a part that a loop runs by itself.
+
+        Raises:
+            TensorParallelError: as :meth:`compare`.
+        """
+        self._before = None
+        if self.mesh.tp_group is None:
             return args, kwargs
         count = self.forwards[model.training]
         self.forwards[model.training] += 1
@@ -54,9 +73,15 @@ class InputGuard:
             self.bring_in_step(model)
         if self.every and count % self.every == 0:
             self.compare(model, args, kwargs)
-        for follow in self.then:
-            follow(model, args, kwargs)
+            self._before = states(_device_of(model)) if model.training else None
         return args, kwargs
+
+    @torch.compiler.disable(reason=NO_FULLGRAPH)
+    def note_draws(self, model: nn.Module, *_: object) -> None:
+        """After a forward: compare the generators whose states it changed from now on."""
+        if self._before is not None and not self.paused:
+            now = states(_device_of(model))
+            self.drawn.update(kind for kind in KINDS if not torch.equal(self._before[kind], now[kind]))
 
     def bring_in_step(self, model: nn.Module) -> None:
         """Give the TP group one state of the random generators, once; see :func:`bring_in_step`."""
@@ -65,35 +90,41 @@ class InputGuard:
             bring_in_step(model, self.mesh)
 
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Raise TensorParallelError unless the TP group has these inputs alike; see the class."""
+        """Raise TensorParallelError unless these inputs are equal on the TP group; see the class."""
+        if self.mesh.tp_group is None:
+            return  # one rank; the world's other groups have other batches
         device = comm_device(self.mesh.tp_group)
-        content, description = prints_of((args, kwargs), device)
-        mine = torch.stack([content, description, _generators_print(model).to(device)])
+        found_here = states(_device_of(model))
+        counts = [model.training and kind in self.drawn for kind in KINDS]
+        counts[0] |= draws_random_numbers(model) or any(hasattr(m, "neftune_noise_alpha") for m in model.modules())
+        prints = [*prints_of((args, kwargs), device), *(fingerprint(found_here[kind]).to(device) for kind in KINDS)]
+        mine = torch.cat([torch.stack(prints), torch.tensor(counts, dtype=torch.int64, device=device)])
         found = torch.stack(all_gather(mine, self.mesh.tp_group, purpose=PURPOSE))
-        differs = (found != found[0]).any(0)
-        if not (draws_random_numbers(model) or any(hasattr(m, "neftune_noise_alpha") for m in model.modules())):
-            differs[2] = False  # nobody draws: generators may differ
+        differs = (found != found[0]).any(0)[: len(prints)]
+        differs[-len(KINDS) :] &= found[:, len(prints) :].any(0)  # generators that no forward draws from may differ
         if model.training and dist.get_world_size() > self.mesh.tp_size:
             differs = differs.to(torch.int32)
             all_reduce_(differs, dist.group.WORLD, op=dist.ReduceOp.MAX, purpose=PURPOSE)
-        batch, shapes, random = differs.bool().tolist()
+        batch, shapes, *apart = differs.bool().tolist()
         if batch or shapes:
             what = "shapes" if shapes else "values"
             raise TensorParallelError(
-                f"the ranks of a tensor-parallel group got different batches (their {what} differ); give neighbouring "
-                "ranks the same rows (sample by dp rank = rank // tp_size), or set broadcast_batch: true in the "
-                "tp_plugin block if the collator draws random numbers."
+                f"the ranks of a tensor-parallel group got different batches (their {what} differ): seed every "
+                "shuffle() and split alike, sample by data-parallel rank (rank // tp_size), or set broadcast_batch: "
+                "true in the tp_plugin block."
             )
-        if random:
+        if any(apart):
+            kinds = [kind for kind, other in zip(KINDS, apart, strict=True) if other]
+            kinds = [kind for kind in kinds if kind != TORCH_CPU or TORCH not in kinds]
             raise TensorParallelError(
-                "the random generators of a tensor-parallel group are no longer in step, so dropout masks of "
-                "replicated tensors differ; draw the same random numbers on all ranks of the group "
-                "(seed by dp rank = rank // tp_size)."
+                f"the random generators of a tensor-parallel group are no longer in step ({' and '.join(kinds)}), so "
+                "its ranks draw different dropout masks: draw the same random numbers on all ranks of the group (seed "
+                "by data-parallel rank, which is rank // tp_size)."
             )
 
 
 def prints_of(tree: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two numbers (int64, 0-dim, on ``device``) for a tree of tensors and plain values: of its values, of its form."""
+    """Two hashes (int64, 0-dim, on ``device``) of a tree of tensors and plain values: of its values, of its form."""
     leaves, structure = tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     kinds = str([(tuple(t.shape), str(t.dtype)) for t in tensors])
@@ -105,25 +136,35 @@ def prints_of(tree: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 def bring_in_step(model: nn.Module, mesh: ParallelMesh) -> None:
-    """Generators of the TP group's rank 0 for all: ranks may have been seeded differently on purpose."""
-    for generator in _generators(model):
-        state = generator.get_state()
-        sent = state.to(comm_device(mesh.tp_group))
-        broadcast_(sent, mesh.tp_group, purpose="random state")
-        generator.set_state(sent.cpu())
+    """:func:`generators_in_step` on the model's device."""
+    generators_in_step(_device_of(model), mesh)
+
+
+def generators_in_step(device: torch.device, mesh: ParallelMesh) -> None:
+    """Copy the random generators of the TP group's rank 0 to all its ranks, which may be seeded differently on purpose.
+
+    torch's, NumPy's and Python's, in one broadcast of about 20 KB.
+    """
+    if mesh.tp_group is None:
+        return
+    own = states(device)
+    sent = torch.cat(list(own.values())).to(comm_device(mesh.tp_group))
+    broadcast_(sent, mesh.tp_group, purpose="random state")
+    parts = sent.cpu().split([len(state) for state in own.values()])
+    set_states(device, dict(zip(own, parts, strict=True)))
 
 
 def broadcast_tree(tree: Any, mesh: ParallelMesh) -> Any:
     """The TP group's rank 0's tree of tensors and plain values, on every rank of the group."""
-    return _broadcast_tree(tree, mesh.tp_group, mesh.tp_rank == 0)
+    return tree if mesh.tp_group is None else _broadcast_tree(tree, mesh.tp_group, mesh.tp_rank == 0)
 
 
 def broadcast_over_replicas(tree: Any, mesh: ParallelMesh) -> Any:
-    """The first data-parallel replica's tree, on every rank that holds the same shard of another."""
+    """The tree of the first data-parallel replica, on all ranks with the same shard."""
     return tree if mesh.dp_group is None else _broadcast_tree(tree, mesh.dp_group, mesh.dp_rank == 0)
 
 
-def _broadcast_tree(tree: Any, group: dist.ProcessGroup | None, first_rank: bool) -> Any:
+def _broadcast_tree(tree: Any, group: dist.ProcessGroup, first_rank: bool) -> Any:
     leaves, structure = tree_flatten(tree)
     described = [
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else ("value", leaf) for leaf in leaves
@@ -148,12 +189,5 @@ def _print_of(text: str) -> torch.Tensor:
     return fingerprint(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
 
 
-def _generators(model: nn.Module) -> list[torch.Generator]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    cpu = default_generator(torch.device("cpu"))
-    return [cpu] if device.type in ("cpu", "meta") else [cpu, default_generator(device)]
-
-
-def _generators_print(model: nn.Module) -> torch.Tensor:
-    # the last one is that of the model's device, which dropout draws from
-    return fingerprint(_generators(model)[-1].get_state())
+def _device_of(model: nn.Module) -> torch.device:
+    return next((param.device for param in model.parameters()), torch.device("cpu"))

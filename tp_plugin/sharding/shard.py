@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.layers import (
-    ColumnParallel,
-    ColumnParallelLinear,
-    EachHead,
-    ParallelExperts,
-    Region,
-    RowParallel,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    WideRMSNorm,
-    count_once,
-    enter_after,
-    set_local,
-    slice_heads,
-    sum_at_exit,
-    sum_partial_gradient,
-)
+from tp_plugin.layers.linear import is_conv1d
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.plans import Placement, Plan, plan_for
+from tp_plugin.param_info import layout_of
+from tp_plugin.plans import Plan, plan_as
 from tp_plugin.plans import plan as p
-from tp_plugin.plans.checks import is_conv1d
 from tp_plugin.sharding import adapters
-from tp_plugin.sharding.adapters import cut
-from tp_plugin.sharding.equal import make_equal
-from tp_plugin.sharding.guards import guard, guard_attentions, guard_experts
-from tp_plugin.sharding.obstacles import obstacle, refuse_hooks
-from tp_plugin.sharding.original import remembering
-from tp_plugin.sharding.state import ATTRIBUTE, Sharding, state_of
-
-_CLASS_OF_STYLE: dict[str, type[nn.Module]] = {
-    p.COLUMN: ColumnParallelLinear,
-    p.COLUMN_GATHER: ColumnParallelLinear,
-    p.ROW: RowParallelLinear,
-    p.ROW_SPLIT: RowParallelLinear,
-    p.EXPERTS: ParallelExperts,
-    p.VOCAB_EMBEDDING: VocabParallelEmbedding,
-    p.VOCAB_HEAD: VocabParallelHead,
-    p.WIDE_NORM: WideRMSNorm,
-    p.EACH_HEAD: EachHead,
-}
-"""Styles without a class leave the module's own: its parameters or their gradients are what changes."""
-_MADE: dict[tuple[type, type], type] = {}
+from tp_plugin.sharding.adapters import shard_param_
+from tp_plugin.sharding.apply_plan import apply_plan, finder, placed_parameters
+from tp_plugin.sharding.full_tensors import take_full_tensors
+from tp_plugin.sharding.hooks import guard, guard_parts, guard_shapes
+from tp_plugin.sharding.inputs import bring_in_step
+from tp_plugin.sharding.pre_shard_state import remembering
+from tp_plugin.sharding.preconditions import refuse_hooks, unmet_precondition
+from tp_plugin.sharding.state import Sharding, mark_parts, note_state, state_of
+from tp_plugin.sharding.sync_params import sync_params
 
 
 def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Sharding:
     """Shard ``model`` over ``mesh``'s TP group; a collective call over the world.
 
-    Every check comes before the first change, and fails on all ranks together. Parameters that differ between the
-    ranks of a TP group are taken from its rank 0. A model that is sharded alike already is left as it is. Inferred
-    rules are taken as they are: :func:`tp_plugin.verify.guard.shard_proven` tries them first.
+    Every check precedes the first change, and fails on all ranks together. Parameters that differ between the ranks of
+    a TP group are taken from its rank 0. A model with the same sharding is left as it is. Inferred rules are applied
+    untested: :func:`tp_plugin.step_guard.trial.shard_proven` tries them first.
 
     Raises:
-        TensorParallelError: what cannot be sharded and what to do about it.
+        TensorParallelError: the model cannot be sharded.
     """
     known = state_of(model)
     if known is not None:
@@ -70,28 +43,28 @@ def shard_in_place(model: nn.Module, config: TensorParallelConfig, mesh: Paralle
             None
             if known.mesh.tp_size == mesh.tp_size
             else f"the model is sharded {known.mesh.tp_size} ways already and cannot be sharded {mesh.tp_size} ways; "
-            "build it anew."
+            "build it again."
         )
         return known
     plan = planned(model, config, mesh)
-    equalised = make_equal(model, mesh)
+    equalised = sync_params(model, mesh)
     shapes = {name: tuple(param.shape) for name, param in adapters.bare_of(model).named_parameters()}
-    with adapters.taken_out(model) as (bare, twins):
-        for param, layout in _layouts(plan, _finder(bare, twins)):
-            cut(param, layout, mesh)
-    return install(model, plan, config, mesh, shapes, equalised)
+    with adapters.taken_out(model) as (bare, copies):
+        for param, layout in placed_parameters(plan, finder(bare, copies)):
+            shard_param_(param, layout, mesh)
+    return install_sharded(model, plan, config, mesh, shapes, equalised)
 
 
 def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, *, unread: bool = False) -> Plan:
-    """The plan of ``model``, once no rank finds anything that speaks against it; a collective call, nothing is touched.
+    """The plan of ``model`` after all checks; a collective call, nothing is changed.
 
     Args:
-        unread: the parameters need not be there yet (on ``meta``, in a checkpoint).
+        unread: parameters may be on ``meta``, to be read from a checkpoint later.
 
     Raises:
-        TensorParallelError: on every rank together.
+        TensorParallelError: a check failed, raised on every rank.
     """
-    plan, error = None, obstacle(model, unread=unread)
+    plan, error = None, unmet_precondition(model, unread=unread)
     if error is None:
         try:
             plan = _plan(model, config, mesh)
@@ -103,9 +76,9 @@ def planned(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh, 
 
 
 def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) -> Plan:
-    with adapters.taken_out(model) as (bare, twins):
-        plan = plan_for(bare, mesh.tp_size, config.plan, inferring=config.infer != "off")
-        refuse_hooks(plan, _finder(bare, twins))
+    with adapters.taken_out(model) as (bare, copies):
+        plan = plan_as(bare, dataclasses.replace(config, tp_size=mesh.tp_size))
+        refuse_hooks(plan, finder(bare, copies))
     library = adapters.of(model)
     objection = None if library is None else library.objection(bare, plan)
     if objection:
@@ -113,7 +86,7 @@ def _plan(model: nn.Module, config: TensorParallelConfig, mesh: ParallelMesh) ->
     return plan
 
 
-def install(
+def install_sharded(
     model: nn.Module,
     plan: Plan,
     config: TensorParallelConfig,
@@ -121,158 +94,43 @@ def install(
     shapes: Mapping[str, tuple[int, ...]],
     equalised: Sequence[str] = (),
 ) -> Sharding:
-    """Classes, hooks and the record of a model whose sharded parameters are this rank's shards already.
+    """Install classes, hooks and the record in a model whose sharded parameters are this rank's shards already.
 
     Args:
         shapes: full shape of every parameter of the bare model, each tied one once.
-        equalised: names of tensors that differed between the ranks and were taken from one.
+        equalised: names of tensors that differed between the ranks and were taken from rank 0.
     """
     with remembering(model):
-        with adapters.taken_out(model) as (bare, twins):
-            find = _finder(bare, twins)
+        with adapters.taken_out(model) as (bare, copies):
+            find = finder(bare, copies)
             linears = sum(isinstance(m, nn.Linear) or is_conv1d(m) for m in bare.modules())
-            for param, layout in _layouts(plan, find):
-                adapters.note(param, layout, mesh)
-            _swap(bare, plan, find, mesh, config)
-            _sum_partial(plan, find, mesh)
+            for param, layout in placed_parameters(plan, find):
+                adapters.attach_layout(param, layout, mesh)
+            apply_plan(bare, plan, find, mesh, config)
         library = adapters.of(model)
         if library is not None:
-            library.lay(bare, mesh)
+            library.shard_adapters(bare, mesh)
+        bring_in_step(bare, mesh)  # later draws, such as the order of the data, are the same on all ranks
         guard(bare, mesh, config)
-        if plan.regions:
-            guard_attentions(bare)
-        if plan.mixtures:
-            guard_experts(bare)
+        guard_shapes(bare, plan, mesh)
+        guard_parts(bare, plan)
         sharded = len(plan.names(p.COLUMN, p.COLUMN_GATHER, p.ROW, p.ROW_SPLIT))
         counts = sharded, linears - len(plan.names(p.VOCAB_HEAD))
         record = Sharding(plan, mesh, config, layouts_of(bare), shapes, counts, tuple(equalised))
-        setattr(bare, ATTRIBUTE, record)
+        note_state(bare, record)
+        mark_parts(bare, record)
+        take_full_tensors(bare, mesh)
     return record
 
 
 def layouts_by_name(model: nn.Module, plan: Plan) -> dict[str, ShardLayout]:
-    """How each parameter that ``plan`` cuts lies, by every name it has."""
-    found = {id(param): layout for param, layout in _layouts(plan, _finder(model, ()))}
+    """Layout of each parameter that ``plan`` shards, by every name it has."""
+    found = {id(param): layout for param, layout in placed_parameters(plan, finder(model, ()))}
     tensors = model.named_parameters(remove_duplicate=False)
     return {name: found[id(param)] for name, param in tensors if id(param) in found}
 
 
 def layouts_of(model: nn.Module) -> dict[str, ShardLayout]:
-    """How the sharded parameters of ``model`` lie, under every name they have."""
+    """Layout of each sharded parameter of ``model``, by every name it has."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name: param.tp_layout for name, param in named if hasattr(param, "tp_layout")}
-
-
-Finder = Callable[[str], list[nn.Module]]
-
-
-def _finder(bare: nn.Module, twins: adapters.Twins) -> Finder:
-    """Name -> the module of that name, and its twins."""
-
-    def find(name: str) -> list[nn.Module]:
-        return [bare.get_submodule(name), *(twin for of, twin in twins if of == name)]
-
-    return find
-
-
-def _layouts(plan: Plan, find: Finder) -> list[tuple[nn.Parameter, ShardLayout]]:
-    """Every parameter that is cut, once, and how; of a tied one, the first that speaks of it counts."""
-    found: dict[int, tuple[nn.Parameter, ShardLayout]] = {}
-    for name, placement in plan.placements.items():
-        for module in find(name):
-            for leaf, layout in placement.layouts.items():
-                param = getattr(module, leaf)
-                found.setdefault(id(param), (param, layout))
-    return list(found.values())
-
-
-def _swap(model: nn.Module, plan: Plan, find: Finder, mesh: ParallelMesh, config: TensorParallelConfig) -> None:
-    partial = {name for mixture in plan.mixtures if mixture.summed for name in (mixture.experts, *mixture.rows)}
-    for name, placement in plan.placements.items():
-        for module in find(name):
-            if placement.style in (p.ENTER, p.LATENT):
-                enter_after(module, mesh, placement.tail)
-            if placement.style == p.FIRST:
-                count_once(module, mesh)
-            if placement.style not in _CLASS_OF_STYLE:
-                continue
-            module.__class__ = _class_for(module, placement)
-            _set_up(module, placement, mesh, config, partial=name in partial)
-    for region in plan.regions:
-        block = model.get_submodule(region.block)
-        door = Region(mesh, block)
-        for name in region.columns:
-            for column in find(name):
-                door.admit(column)
-        for row in find(region.row):
-            door.release(row)
-        for one in region.locals:
-            set_local(model.get_submodule(one.module), one.attribute, one.values[mesh.tp_rank])
-        for given in region.inputs:
-            slice_heads(model.get_submodule(given.module), given.argument, given.heads, given.held[mesh.tp_rank])
-    for mixture in plan.mixtures:
-        block = model.get_submodule(mixture.block)
-        door = Region(mesh, block, derive_randomness=False)
-        door.admit_experts(model.get_submodule(mixture.experts))
-        for name in mixture.shared:
-            for shared in find(name):
-                door.admit(shared)
-        if mixture.summed:
-            sum_at_exit(block, mesh)
-    blocks: dict[str, Region] = {}
-    for name in plan.names(p.COLUMN_GATHER):
-        parent = name.rpartition(".")[0]
-        if parent not in blocks:  # the output is joined at once: nothing in the block is sharded, nor its dropout
-            blocks[parent] = Region(mesh, model.get_submodule(parent), derive_randomness=False)
-        for column in find(name):
-            blocks[parent].admit(column)
-
-
-def _set_up(
-    module: nn.Module, placement: Placement, mesh: ParallelMesh, config: TensorParallelConfig, *, partial: bool
-) -> None:
-    if isinstance(module, ParallelExperts):
-        once = [leaf for leaf, _ in module.named_parameters() if leaf not in placement.layouts]
-        module.tp_setup(mesh, dict(placement.layouts), once=once, partial=partial)
-        return
-    outputs = placement.outputs[mesh.tp_rank] if placement.outputs else None
-    if isinstance(module, EachHead):
-        module.tp_setup(outputs or ())
-        return
-    layout = placement.layouts["weight"]
-    if isinstance(module, ColumnParallel):
-        module.tp_setup(mesh, layout, gather=placement.style == p.COLUMN_GATHER, outputs=outputs)
-    elif isinstance(module, RowParallel):
-        module.tp_setup(mesh, layout, split=placement.style == p.ROW_SPLIT, partial=partial)
-    elif isinstance(module, VocabParallelHead):
-        module.tp_setup(mesh, layout, config.loss_workspace_mib << 20 or None)
-    elif isinstance(module, VocabParallelEmbedding):
-        module.tp_setup(mesh, layout)
-    elif isinstance(module, WideRMSNorm):
-        module.tp_setup(mesh, layout, outputs=outputs)
-
-
-def _class_for(module: nn.Module, placement: Placement) -> type:
-    """The sharded class itself, or, for a subclass with a forward of its own, that subclass with ours behind it.
-
-    Experts keep the forward of their class and have ours before it.
-    """
-    original, sharded = type(module), _CLASS_OF_STYLE[placement.style]
-    if is_conv1d(module):
-        from tp_plugin.layers.conv1d import ColumnParallelConv1D, RowParallelConv1D
-
-        return ColumnParallelConv1D if issubclass(sharded, ColumnParallel) else RowParallelConv1D
-    if original in (nn.Linear, nn.Embedding) or placement.equivalent or sharded in (WideRMSNorm, EachHead):
-        return sharded
-    key = original, sharded
-    if key not in _MADE:
-        bases = (sharded, original) if sharded is ParallelExperts else (original, sharded)
-        _MADE[key] = type(f"{sharded.__name__}Of{original.__name__}", bases, {})
-    return _MADE[key]
-
-
-def _sum_partial(plan: Plan, find: Finder, mesh: ParallelMesh) -> None:
-    for name in plan.names(p.PARTIAL):
-        for module in find(name):
-            for param in module.parameters(recurse=False):
-                sum_partial_gradient(param, mesh)
+    return {name: layout for name, param in named if (layout := layout_of(param)) is not None}

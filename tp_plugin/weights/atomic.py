@@ -1,7 +1,7 @@
-"""A directory that exists whole or not at all, written by all ranks together.
+"""A directory written by all ranks together, completely or not at all.
 
-Files go into a temporary directory beside the target, are synced to the disk, and one rename puts the directory in its
-place. Whatever happens before, a full disk on one rank or the end of a process, the target is what it was.
+Files are written into a temporary directory beside the target and synced to the disk; then one rename replaces the
+target. If anything fails before, a full disk on one rank or the end of a process, the target is unchanged.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tp_plugin import log
 from tp_plugin.errors import TensorParallelError, agree
 
 MARK = ".tp_plugin-writing-"
-"""Begins the names of temporary directories: the dot hides them from patterns such as ``global_step*``."""
+"""Prefix of temporary directories: the dot hides them from patterns such as ``global_step*``."""
 _ASIDE = "-replaced"
-"""Ends the name of what was in the way, while there is no exchanging."""
+"""Suffix of an old directory that is moved aside on file systems without an atomic exchange."""
 
 
 @contextlib.contextmanager
 def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
-    """A temporary directory to write into, which becomes ``directory`` when all ranks are through. A collective call.
+    """Yield a temporary directory that becomes ``directory`` after all ranks have written. A collective call.
 
-    What the body raises on any rank is raised on all of them, as one sentence, after the temporary directory was
-    removed; ``directory`` is as it was. A directory of that name is replaced whole; of a link to one, what it points
-    to. Temporary directories that a killed job left of it are removed, once there is no need to take ``directory`` back
-    from them (:func:`bring_back`). Bodies may hold collectives only where no rank can fail before them alone.
+    If the body fails on any rank, the temporary directory is removed, ``directory`` stays unchanged and every rank
+    raises the failure. An existing directory is replaced as one; a link is followed. Temporary directories of killed
+    jobs are removed after :func:`bring_back`. A body may call collectives only if no rank can fail alone before them.
 
     Args:
-        directory: the target; the folder it lies in is made if it is missing. The same on every rank, on one file
-            system that all of them see.
+        directory: the target, the same on every rank, on a shared file system; its parent is made if it is missing.
         group: the ranks that take part; its first rank renames. None is the whole world, or a single process.
 
     Raises:
@@ -66,18 +65,18 @@ def written_whole(directory: str | Path, group: dist.ProcessGroup | None = None)
             if first:
                 sync(temporary)
                 _put(temporary, target)
-    except TensorParallelError:  # raised on all ranks: nobody writes any more
+    except TensorParallelError:  # raised on all ranks: none writes any more
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with _agreed(f"{str(target)!r} is whole and in its place, but the disk does not confirm it", group):
+    with _agreed(f"{str(target)!r} is complete and in its place, but syncing it to the disk failed", group):
         if first:
             sync(target.parent)
             _remove_left(target)
 
 
 def bring_back(target: Path) -> None:
-    """Undo a replacement that was killed halfway: ``target`` is missing, and what it was lies aside under another name.
+    """Undo a replacement that was killed halfway: rename the old directory, moved aside, back to ``target``.
 
     Raises OSError.
     """
@@ -87,11 +86,11 @@ def bring_back(target: Path) -> None:
     if aside:
         newest = max(aside, key=lambda path: path.stat().st_mtime_ns)
         os.rename(newest, target)
-        print(f"tp_plugin: {str(target)!r} was being replaced when a job ended, and is what it was before", flush=True)
+        log.info(f"{str(target)!r} was being replaced when a job ended, and is what it was before", rank0_only=False)
 
 
 def bring_all_back(folder: Path) -> None:
-    """:func:`bring_back` for whatever lies aside in ``folder``. Raises OSError."""
+    """Call :func:`bring_back` for every directory moved aside in ``folder``. Raises OSError."""
     pattern = re.compile(re.escape(MARK) + "(.+)-[0-9a-f]{8}" + _ASIDE)
     for path in sorted(folder.glob(f"{MARK}*{_ASIDE}")):
         if found := pattern.fullmatch(path.name):
@@ -99,7 +98,7 @@ def bring_all_back(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A small file, whole or not at all, and on the disk when this returns."""
+    """Write a small file completely or not at all, and sync it to the disk."""
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
@@ -114,7 +113,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what a directory lists (or what a file contains)."""
+    """Sync a directory's entries, or a file's content, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -123,8 +122,8 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _agreed(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """What the body raises on one rank is raised on all. What has no word for the others (an interrupt) is not held."""
+def _agreed(failed: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Raise any rank's error on every rank; interrupts stay local."""
     error = None
     try:
         yield
@@ -132,26 +131,26 @@ def _agreed(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         error = str(failure)
     except Exception as failure:
         reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure)
-        error = f"{what}: {type(failure).__name__}: {reason}".replace("\n", " ")
+        error = f"{failed}: {type(failure).__name__}: {reason}".replace("\n", " ")
     agree(error, group)
 
 
 def _left(target: Path) -> list[Path]:
-    """Directories that jobs which wrote ``target`` left beside it; another job may be writing others."""
+    """Temporary directories of killed jobs beside ``target``; those of other targets are left out."""
     ours = re.compile(re.escape(f"{MARK}{target.name}-") + f"[0-9a-f]{{8}}({_ASIDE})?")
     return [path for path in target.parent.glob(f"{MARK}*") if ours.fullmatch(path.name)]
 
 
 def _remove_left(target: Path) -> None:
-    """As far as it goes: what is in its place is whole either way."""
+    """Remove temporary directories; failures are ignored, since ``target`` is complete either way."""
     for path in _left(target):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _put(source: Path, target: Path) -> None:
-    """Rename a directory; one that is in the way is exchanged for it in one step, where the system can.
+    """Rename a directory to ``target``; an existing one is exchanged for it in one step if the system can.
 
-    Otherwise it is moved aside for a moment, and back again if its place cannot be taken.
+    Otherwise the existing one is moved aside, and back if the rename fails.
     """
     try:
         os.rename(source, target)
@@ -171,7 +170,7 @@ def _put(source: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Linux's ``renameat2(..., RENAME_EXCHANGE)``; False where the system or the file system has none."""
+    """Linux's ``renameat2(..., RENAME_EXCHANGE)``; False if the system or the file system lacks it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

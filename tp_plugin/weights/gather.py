@@ -1,8 +1,10 @@
-"""Full tensors from shards, all of them in one place."""
+"""Full tensors of a sharded model, gathered to rank 0; and its engine, mesh and innermost module."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import weakref
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import nn
 
 from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding.state import state_of
-from tp_plugin.weights.stream import Output, between_steps, full_shape, identities, persistent, stream
+from tp_plugin.partitioned import prefetched_released
+from tp_plugin.sharding.full_tensors import shard_in
+from tp_plugin.sharding.state import root_of, state_of
+from tp_plugin.weights.stream import Output, identities, persistent, stream
+
+_ENGINE, _ENGINE_OF_PARTS = "tp_engine", "tp_engine_of_parts"
 
 
 def full_state_dict(
@@ -21,19 +27,19 @@ def full_state_dict(
     """Full tensors under HF names, on the CPU of global rank 0; ``{}`` on every other rank. A collective call.
 
     Works at every ZeRO stage. Persistent buffers are included; tied parameters are one tensor under each of their
-    names. Training goes on afterwards with the very same parameters. Where the model is too large for the memory of
-    one host, :func:`tp_plugin.save_pretrained` writes it without gathering it.
+    names. Training continues afterwards with the same parameters. If the model exceeds the memory of one host,
+    :func:`tp_plugin.save_pretrained` writes it without gathering it.
 
     Args:
         model_or_engine: a sharded model, or the DeepSpeed engine (or other wrapper with ``.module``) around it.
-        trainable_only: leave out parameters that are not trained.
-        dtype: cast floating-point tensors; None keeps each as it is.
+        trainable_only: omit parameters that are not trained.
+        dtype: cast floating-point tensors; None keeps each tensor's own.
 
     Returns:
         name -> tensor, shaped as in the unsharded model, in the order of ``state_dict()``.
 
     Raises:
-        TensorParallelError: on every rank, when one of them could not gather (out of memory, most often).
+        TensorParallelError: on every rank, if one of them could not gather (out of memory, most often).
     """
     tensors = persistent(unwrapped(model_or_engine))
     if trainable_only:
@@ -44,64 +50,51 @@ def full_state_dict(
 def gathered(
     model_or_engine: nn.Module | Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """:func:`full_state_dict` of some tensors of the model, name -> this rank's."""
-    whole: dict[int, torch.Tensor] = {}
+    """:func:`full_state_dict` of some of the model's tensors, given as name -> this rank's tensor."""
+    full: dict[int, torch.Tensor] = {}
 
     def keep(output: Output, rows: torch.Tensor, start: int) -> None:
         to = dtype if dtype is not None and output.dtype.is_floating_point else output.dtype
         if start == 0:
-            whole[id(tensors[output.name])] = torch.empty(output.shape, dtype=to)
-        whole[id(tensors[output.name])].view(-1)[start : start + rows.numel()].copy_(rows)
+            full[id(tensors[output.name])] = torch.empty(output.shape, dtype=to)
+        full[id(tensors[output.name])].view(-1)[start : start + rows.numel()].copy_(rows)
 
     model, error = unwrapped(model_or_engine), None
     with between_steps(model_or_engine):
         try:
             stream(tensors, identities(tensors), mesh_of(model), replica=0, writer=0, sink=keep)
         except Exception as failure:
-            if state_of(model) is None:  # a call that may be one rank's own
+            if state_of(model) is None:  # one rank may call this by itself
                 raise
             error = f"gathering the full tensors failed: {sentence_of(failure)}"
     if state_of(model) is not None:
-        agree(error)  # other replicas took no part, and would wait for these ranks later
+        agree(error)  # other replicas took no part, and would wait for these ranks in the next collective call
     if dist.is_initialized() and dist.get_rank() != 0:
         return {}
-    return {name: whole.get(id(tensor), tensor) for name, tensor in tensors.items()}  # one without elements is whole
+    # a tensor without elements is not streamed
+    return {name: full.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
-def refuse_shards(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raise where ``state``, given to be saved as the state of a sharded ``model``, has shards for full tensors.
+def refuse_shards(model: nn.Module, state: Mapping[str, Any], wrappers: Collection[str] = ()) -> None:
+    """Raise if ``state``, to be saved as that of a sharded ``model``, has shards in place of full tensors.
 
-    Names are the model's, or those under which PEFT saves them.
+    Args:
+        wrappers: parts of names to ignore, such as names of adapters; see :func:`shard_in`.
 
     Raises:
         TensorParallelError: on this rank, which may be the only one that saves.
     """
-    adapters = set(getattr(model, "peft_config", None) or ()) | _WRAPPERS
-
-    def plain(name: str) -> str:
-        bare = ".".join(part for part in name.split(".") if part not in adapters)
-        return bare.removeprefix("base_model.model.")
-
-    params: dict[str, list[nn.Parameter]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        params.setdefault(plain(name), []).append(param)
-    for name, tensor in state.items():
-        shape = tuple(getattr(tensor, "shape", ()))
-        known = [param for param in params.get(plain(name), ()) if full_shape(param) != tuple(param.shape)]
-        if any(shape == tuple(param.shape) for param in known) and all(shape != full_shape(param) for param in known):
-            raise TensorParallelError(
-                f"state_dict= holds this rank's shard {list(shape)} of {name!r}, which is {list(full_shape(known[0]))} "
-                "in the whole model; call tp_plugin.save_pretrained(model, directory) on every rank, or pass what "
-                "tp_plugin.full_state_dict(model) returns."
-            )
-
-
-_WRAPPERS = {"module", "_orig_mod", "base_layer", "original_module", "modules_to_save"}
-"""Parts of names that wrappers and adapters put in."""
+    found = shard_in(state, model, wrappers)
+    if found is not None:
+        name, shape, whole = found
+        raise TensorParallelError(
+            f"state_dict= has this rank's shard {list(shape)} of {name!r} in place of the full {list(whole)}; pass "
+            "tp_plugin.full_state_dict(model), or call tp_plugin.save_pretrained on every rank."
+        )
 
 
 def mesh_of(model: nn.Module) -> ParallelMesh:
-    """The mesh a model is sharded over; one rank, in as many replicas as there are processes, when it is not."""
+    """The mesh of a sharded model; for any other, tp 1 and a replica in each process."""
     record = state_of(model)
     if record is not None:
         return record.mesh
@@ -114,9 +107,39 @@ def unwrapped(model_or_engine: nn.Module | Any) -> nn.Module:
     """The HF model inside DeepSpeed's engine, a DDP or a compiled wrapper."""
     model = model_or_engine
     while isinstance(model, nn.Module):
-        # children by name: an engine answers for every attribute of the model inside it
+        # children by name: an engine forwards attributes to the model inside
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
         if inner is None:
             return model
         model = inner
     raise TensorParallelError(f"expected a model or a DeepSpeed engine, got {type(model).__name__}.")
+
+
+def note_engine(model: nn.Module, engine: Any) -> None:
+    """Record on a sharded model the engine that trains it, for :func:`between_steps`."""
+    model.__dict__[_ENGINE] = weakref.ref(engine)
+    root = root_of(model)
+    if root is not None:
+        root.__dict__[_ENGINE_OF_PARTS] = weakref.ref(engine)
+
+
+def between_forwards(model: nn.Module) -> contextlib.AbstractContextManager:
+    """:func:`between_steps` of the engine that trains ``model``, or a model around it."""
+    engine = vars(model).get(_ENGINE_OF_PARTS, lambda: None)()
+    return between_steps(model if engine is None else engine)
+
+
+@contextlib.contextmanager
+def between_steps(model_or_engine: Any) -> Iterator[None]:
+    """Make ZeRO-3 release prefetched parameters while open, so that they can be gathered bucket by bucket."""
+    engine = model_or_engine
+    if not hasattr(engine, "optimizer") and isinstance(engine, nn.Module):
+        root = root_of(engine)
+        if root is not None and all(module is not root for module in engine.modules()):
+            refs = iter([vars(root).get(_ENGINE_OF_PARTS)])
+        else:
+            refs = (vars(module).get(_ENGINE) for module in engine.modules())
+        engine = next((ref() for ref in refs if ref is not None), None)
+    optimizer: Any = getattr(engine, "optimizer", None)
+    with prefetched_released(optimizer):
+        yield

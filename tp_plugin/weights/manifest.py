@@ -1,9 +1,9 @@
-"""The table of contents of an engine checkpoint: what it holds of which model, at which degrees, in which files.
+"""The manifest of an engine checkpoint: the model, the degrees it was saved at, and the files.
 
-An engine checkpoint is a directory of safetensors files, one a rank, and ``manifest.json``. A file holds *fragments*:
-the range ``[start, stop)`` of a parameter's flattened tensor-parallel shard that this rank kept, once for each kind:
-its weight (the master weight where there is one) and every elementwise state of the optimizer. A fragment's key is
-``kind|name|start``; which tensor-parallel rank it is of says the manifest.
+An engine checkpoint is a directory of ``manifest.json`` and safetensors files, one a rank. A file holds *fragments*:
+ranges ``[start, stop)`` of parameters' flattened tensor-parallel shards that the rank had. There is one for each kind:
+the weight (the master weight if there is one) and every elementwise state of the optimizer. A fragment's key is
+``kind|name|start``; the manifest gives the tensor-parallel rank of each file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.layout import ShardLayout
-from tp_plugin.weights.container import dtype_name, dtype_named
+from tp_plugin.weights.safetensors_file import dtype_name, dtype_named
 
 FILE = "manifest.json"
 FORMAT, VERSION = "tp_plugin.checkpoint", 1
@@ -33,12 +33,12 @@ class Entry:
     """A parameter or buffer.
 
     Attributes:
-        layout: how the full tensor lies on the tensor-parallel ranks.
-        dtype: safetensors' name of the dtype the model has it in; that of a master weight is the fragments'.
-        trained: whether the optimizer has it.
-        buffer: whether it is a buffer.
-        names: all its names in the state dict, the one it is filed under first.
-        stored: False for frozen parameters that were left out on request.
+        layout: of the full tensor on the tensor-parallel ranks.
+        dtype: safetensors' name of its dtype in the model; a fragment has the dtype of the master weight.
+        trained: True if the optimizer has it.
+        buffer: True for a buffer.
+        names: all its names in the state dict, first the one of its fragments.
+        stored: False for frozen parameters that were omitted on request.
     """
 
     layout: ShardLayout
@@ -51,7 +51,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankFile:
-    """A rank's file: its place in the grid, its size and sha256."""
+    """A rank's file: the rank's coordinates, the file's size and sha256."""
 
     tp_rank: int
     dp_rank: int
@@ -61,17 +61,17 @@ class RankFile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """See the module.
+    """The content of ``manifest.json``.
 
     Attributes:
-        step: optimizer steps taken.
+        step: number of optimizer steps.
         entries: name -> parameter or buffer, in the order of the model.
         optimizer: class name, ``elementwise`` states, ``groups`` with their options, names and scalar states; None
             without an optimizer.
-        engine: counters; scheduler: its state dict; scaler: of the loss; client: ``client_state``; all encoded.
+        engine: counters; scheduler: its state dict; scaler: of the loss; client: ``client_state``; each encoded.
         model: class, HF config and generation config, as JSON.
         files: file name -> size, hash, rank.
-        versions: of the libraries that wrote it.
+        versions: of the libraries at the time of writing.
     """
 
     tp: int
@@ -89,11 +89,11 @@ class Manifest:
     versions: Mapping[str, str]
 
     def shape(self) -> str:
-        """In a message: ``tp=2 dp=2 ZeRO-1``."""
+        """The topology in a message: ``tp=2 dp=2 ZeRO-1``."""
         return f"tp={self.tp} dp={self.dp} ZeRO-{self.zero}"
 
     def dump(self) -> bytes:
-        """The file's content, with a hash of itself in it."""
+        """The file's bytes, with a hash of the content."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content["entries"] = {name: _entry_json(entry) for name, entry in self.entries.items()}
         content["files"] = {name: vars(file) for name, file in self.files.items()}
@@ -103,10 +103,10 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
-        """Read it back.
+        """Read the manifest of a checkpoint.
 
         Raises:
-            TensorParallelError: missing, damaged, of another format or version; one sentence.
+            TensorParallelError: it is missing, damaged, or of another format or version.
         """
         path = directory / FILE
         try:
@@ -161,14 +161,14 @@ def _entry(found: Mapping[str, Any]) -> Entry:
     )
 
 
-# ---- values that are not tables -------------------------------------------------------------------------------------
+# ---- Python values as JSON and tensors ------------------------------------------------------------------------------
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
-    """A Python value as JSON; tensors in it are put into ``tensors`` under keys that begin with ``where``.
+    """Encode a Python value as JSON; its tensors are added to ``tensors`` under keys that begin with ``where``.
 
     Raises:
-        TensorParallelError: something that neither JSON nor safetensors can hold; names where it lies.
+        TensorParallelError: neither JSON nor safetensors can hold a part of it, which the message names.
     """
     if isinstance(value, torch.Tensor) and not value.dim() and not value.is_complex():
         return {"number": [dtype_name(value.dtype), encode(value.item(), tensors, where)]}
@@ -185,7 +185,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        # as a list: keys that are not strings, and the order, survive
+        # a list keeps the order, and keys that are not strings
         pairs = [[encode(key, tensors, where), encode(item, tensors, f"{where}.{key}")] for key, item in value.items()]
         return {"map": pairs}
     if isinstance(value, tuple | list):
@@ -201,7 +201,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
 
 
 def decode(value: Any, tensor: Any) -> Any:
-    """The value that :func:`encode` was given; ``tensor(key)`` reads one."""
+    """Invert :func:`encode`; ``tensor(key)`` reads a tensor."""
     if isinstance(value, list):
         return [decode(item, tensor) for item in value]
     if not isinstance(value, dict):

@@ -1,9 +1,9 @@
 """Tensors of a checkpoint's files by name, read slice by slice.
 
-safetensors is a header (its length, then JSON: name -> dtype, shape, place) before plain row-major bytes, so a slice is
-a few byte ranges. What is contiguous goes from the file straight into its destination; what is not (columns of a
-matrix) is copied out of a mapping of the file, of which at most :data:`WINDOW` bytes are resident at a time. The copies
-are ours, so nothing but the destination counts towards the process, and an unreadable disk is an exception.
+safetensors is a header (its length, then JSON: name -> dtype, shape, offsets) before plain row-major bytes, so a slice
+is a few byte ranges. A contiguous slice is read from the file directly into its destination. Any other (columns of a
+matrix) is copied from a mapping of the file, with at most :data:`WINDOW` bytes resident. Only the
+destination counts towards the memory of the process, and an unreadable disk raises an exception.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from typing import Any
 import torch
 
 from tp_plugin.errors import TensorParallelError, reason_of
-from tp_plugin.weights import safetensors_file
+from tp_plugin.weights.safetensors_file import DTYPE_OF_NAME
 
 WINDOW = 8 << 20
-"""Bytes of staging, or of a mapped file, at a time."""
+"""Bytes of a staging buffer, or of a mapped file, at a time."""
 PAGE = mmap.PAGESIZE
-"""What a file is read in."""
-DTYPES = {name: dtype for dtype, name in safetensors_file.DTYPES.items()}
-"""What the format's names of dtypes stand for."""
+"""Bytes of a page, the unit of reading."""
 _LONGEST_HEADER = 100_000_000  # as safetensors itself has it
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: ``start`` is its first byte in ``file``."""
+    """A tensor in ``file``, from byte ``start`` on."""
 
     file: str
     dtype: torch.dtype
@@ -46,9 +44,9 @@ class Reader:
     """Open with :meth:`open`; a context manager that closes the files.
 
     Attributes:
-        bytes_read: bytes of tensors asked for so far, headers not counted.
-        bytes_touched: bytes of the pages they lie in, of safetensors files. A host that reads alone takes at least
-            these from its disk, and as a rule whole rows, of which the system reads ahead what lies between.
+        bytes_read: bytes of tensors requested so far, without headers.
+        bytes_touched: bytes of the pages with them, of safetensors files. A host reads at least these from its disk,
+            and often full rows, since the system reads ahead.
     """
 
     def __init__(self, entries: Mapping[str, Entry], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -63,11 +61,11 @@ class Reader:
 
         Args:
             files: safetensors files, or pickles (``.bin``) that ``torch.load(weights_only=True)`` can map.
-            index: name -> file name, as an index file has it; each name must be in its file.
+            index: name -> file name, from an index file; each name must be in its file.
 
         Raises:
-            TensorParallelError: on this rank alone, in one sentence: a file that is missing, cut short or no
-                checkpoint, a tensor that is in two files or not where the index says.
+            TensorParallelError: on this rank alone: a file is missing, truncated or no checkpoint; a tensor is in two
+                files, or not in the file that the index names.
         """
         entries: dict[str, Entry] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -158,7 +156,7 @@ class Reader:
     # ---- the two ways of reading -----------------------------------------------------------------------------------
 
     def _is_contiguous(self, name: str, index: Index) -> bool:
-        """Whether the slice is whole in every dimension but the first."""
+        """Return True if the slice spans every dimension but the first."""
         whole = self.shape(name)
         return all(one.stop - one.start == size for one, size in zip(index[1:], whole[1:], strict=True))
 
@@ -196,7 +194,7 @@ class Reader:
             shape = (piece.shape[0], *entry.shape[1:])
             if aligned:
                 whole = self._mapped(entry, start, shape)
-            else:  # tensors of another file format's making: torch maps whole elements only
+            else:  # misaligned by another writer: torch maps aligned elements only
                 whole = torch.empty(shape, dtype=entry.dtype)
                 self._pread(whole, entry.file, start)
             piece.copy_(whole[(slice(None), *index[1:])])
@@ -207,7 +205,7 @@ class Reader:
     def _mapped(self, entry: Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         if entry.file not in self._maps:
             with open(entry.file, "rb") as file:
-                # private, so that torch may take it for writable; nothing is written
+                # private: torch accepts only writable memory; nothing is written
                 self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         mapped = self._maps[entry.file]
         return torch.frombuffer(mapped, dtype=entry.dtype, count=math.prod(shape), offset=start).view(shape)
@@ -225,13 +223,13 @@ def _rows(out: torch.Tensor, row: int) -> list[tuple[int, torch.Tensor]]:
 
 
 def _pages(entry: Entry, index: Index) -> int:
-    """How many pages of its file a slice that is not empty has bytes in."""
+    """Number of pages of its file in which a slice that is not empty has bytes."""
     run, starts = entry.dtype.itemsize, torch.tensor([entry.start])
     strides = [math.prod(entry.shape[dim + 1 :]) * run for dim in range(len(entry.shape))]
     cut = len(index)
     while cut and index[cut - 1] == slice(0, entry.shape[cut - 1]):
         cut -= 1
-    if cut:  # the last dimension that is not whole: of it, and of all behind it, a slice has one run of bytes
+    if cut:  # from the last dimension that is not spanned on, a slice is one run of bytes
         run, first = (index[cut - 1].stop - index[cut - 1].start) * strides[cut - 1], index[cut - 1].start
         starts = starts + first * strides[cut - 1]
     else:
@@ -262,21 +260,21 @@ def _header(file: str) -> dict[str, Entry]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if one["dtype"] not in DTYPES:
+            if one["dtype"] not in DTYPE_OF_NAME:
                 raise TensorParallelError(
                     f"tensor {name!r} of {file!r} is of dtype {one['dtype']!r}, which cannot be trained; name a "
                     "checkpoint of floating-point weights."
                 )
-            dtype, shape, (start, stop) = DTYPES[one["dtype"]], tuple(one["shape"]), one["data_offsets"]
+            dtype, shape, (start, stop) = DTYPE_OF_NAME[one["dtype"]], tuple(one["shape"]), one["data_offsets"]
             if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-                raise TensorParallelError(f"{cut}: tensor {name!r} does not lie where its shape says; {remedy}")
+                raise TensorParallelError(f"{cut}: tensor {name!r} has other offsets than its shape needs; {remedy}")
             entries[name], end = Entry(file, dtype, shape, 8 + length + start), stop
     except (ValueError, KeyError, TypeError, AttributeError) as failure:
         if isinstance(failure, TensorParallelError):
             raise
         raise TensorParallelError(f"{cut}: its header cannot be read; {remedy}") from failure
     if 8 + length + end != size:
-        raise TensorParallelError(f"{cut}: {size} bytes where its header speaks of {8 + length + end}; {remedy}")
+        raise TensorParallelError(f"{cut}: {size} bytes where its header says {8 + length + end}; {remedy}")
     return entries
 
 

@@ -1,12 +1,13 @@
-"""A safetensors file written piece by piece: the header first, then bytes at their places, in any order.
+"""Safetensors files written piece by piece: the header first, then each tensor's bytes, in any order.
 
-The library's own writer wants every tensor of a file in memory at once. The format
-(https://github.com/huggingface/safetensors#format) is eight bytes of length, a JSON header and the tensors' bytes
-behind one another, so that shapes and dtypes are all one needs to know where each byte goes.
+The library's writer needs every tensor of a file in memory at once. The format
+(https://github.com/huggingface/safetensors#format) is eight bytes of length, a JSON header and the tensors' bytes in
+sequence. Shapes and dtypes therefore give the offset of every byte.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,16 +24,31 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """The format's name of each dtype."""
+DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _ALIGNMENT = 8
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The format's name of a dtype. Raises ValueError for a dtype without one."""
+    if dtype not in DTYPES:
+        raise ValueError(f"safetensors cannot hold {dtype}")
+    return DTYPES[dtype]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of that safetensors name."""
+    return DTYPE_OF_NAME[name]
+
+
 class SafetensorsFile:
-    """One file, open for writing; a context manager that removes what it began when an exception leaves it.
+    """One file, open for writing; a context manager that removes the file if the body raises.
+
+    Attributes:
+        header: the bytes before those of the tensors.
 
     Args:
         path: must not exist.
-        tensors: name -> (dtype, shape) of everything the file will hold, in the order of its bytes but for wide
-            dtypes, which come first.
+        tensors: name -> (dtype, shape) of every tensor. The bytes are in this order, wide dtypes first.
         metadata: strings for the header's ``__metadata__``.
 
     Raises:
@@ -52,7 +68,7 @@ class SafetensorsFile:
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         self._places: dict[str, tuple[torch.dtype, int, int]] = {}
         offset = 0
-        # wide dtypes first, as the library writes them: then every tensor is aligned
+        # wide dtypes first, as the library does, so that every tensor is aligned
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda entry: -entry[1][0].itemsize):
             if dtype not in DTYPES:
                 raise ValueError(f"{name!r} has dtype {dtype}, which safetensors files cannot hold")
@@ -62,13 +78,21 @@ class SafetensorsFile:
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._start = 8 + len(text)
+        self.header = len(text).to_bytes(8, "little") + text
         self._missing = offset
         self._file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        self._put(len(text).to_bytes(8, "little") + text, 0)
+        self._put(self.header, 0)
 
-    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
-        """Write ``tensor`` as the elements of ``name`` from ``start`` on; each element must be written once."""
+    def names(self) -> list[str]:
+        """Names of the tensors in the order of their bytes."""
+        return list(self._places)
+
+    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> memoryview:
+        """Write ``tensor`` as the elements of ``name`` from ``start`` on; each element must be written once.
+
+        Returns:
+            the bytes written, in the tensor's memory or in that of its copy on the CPU.
+        """
         dtype, offset, size = self._places[name]
         nbytes = tensor.numel() * dtype.itemsize
         if tensor.dtype != dtype or start < 0 or start * dtype.itemsize + nbytes > size:
@@ -76,20 +100,22 @@ class SafetensorsFile:
                 f"{tensor.numel()} elements of {tensor.dtype} do not fit at {start} of {name!r}, "
                 f"{size // dtype.itemsize} elements of {dtype}"
             )
-        if nbytes:
-            flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-            self._put(flat.numpy().data, self._start + offset + start * dtype.itemsize)
-            self._missing -= nbytes
+        if not nbytes:
+            return memoryview(b"")
+        data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data
+        self._put(data, len(self.header) + offset + start * dtype.itemsize)
+        self._missing -= nbytes
+        return data
 
     def close(self) -> None:
-        """Bring the file to the disk. Raises ValueError when bytes were left out."""
+        """Sync the file to the disk. Raises ValueError if bytes are missing."""
         if self._missing:
             raise ValueError(f"{self.path.name} was closed with {self._missing} bytes unwritten")
         os.fsync(self._file)
         os.close(self._file)
 
     def discard(self) -> None:
-        """Give the file up and remove it."""
+        """Close and remove the file."""
         os.close(self._file)
         self.path.unlink(missing_ok=True)
 
@@ -104,6 +130,31 @@ class SafetensorsFile:
 
     def _put(self, data: bytes | memoryview, at: int) -> None:
         view = memoryview(data)
-        while view:  # a write may be cut short, and no write takes more than 2 GiB
+        while view:  # a write may be partial, and takes at most 2 GiB
             done = os.pwrite(self._file, view[: 1 << 30], at)
             view, at = view[done:], at + done
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
+    """Write and sync a file of tensors on any device; one of them at a time is copied to the CPU.
+
+    Returns:
+        the file's size in bytes and its sha256.
+
+    Raises:
+        ValueError: a dtype that the format has no name for.
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    with SafetensorsFile(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}) as file:
+        digest, size = hashlib.sha256(file.header), len(file.header)
+        for name in file.names():
+            data = file.write(name, tensors[name])
+            digest.update(data)
+            size += len(data)
+    return size, digest.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

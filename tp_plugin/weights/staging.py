@@ -1,7 +1,7 @@
-"""Files for a directory that holds others too: written aside in it by one process, then moved to their places.
+"""Files for a directory with other content: one process writes them into a subfolder, then moves them.
 
-A directory that is ours alone is written as :mod:`tp_plugin.weights.atomic` does, whole or not at all. Here a kill
-between two moves can leave a directory without a config, which nobody loads, and what was not moved yet beside it.
+:mod:`tp_plugin.weights.atomic` replaces a directory as one; that needs a directory of our own. Here a kill between two
+moves can leave a directory without a config, which no library loads, and beside it the files not yet moved.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.weights.atomic import sync
 
 WRITING, MOVING = ".saving-", ".moving-"
-"""Begin the names of the folder: before its files are moved, and since."""
-_CONFIGS = ("adapter_config.json", "config.json")  # without one nobody loads what lies beside
+"""Prefixes of the folder's name: before its files are moved, and from then on."""
+_CONFIGS = ("adapter_config.json", "config.json")  # without a config no library loads the weights beside it
 
 
 class Staging:
     """A new folder in ``directory``, which is made if it is missing, until the ``with`` block ends.
 
-    What jobs that were killed left is removed, if no process is still at it: files that were written but not moved
-    at the beginning, half-moved ones once those of this save are in place.
+    Folders of killed jobs are removed unless a process still writes them. Those never moved are removed at the
+    beginning, half-moved ones after the files of this save are in place.
 
     Attributes:
         path: of the folder.
 
     Raises:
-        OSError: from ``with``, when the folder cannot be made.
+        OSError: from ``with``, if the folder cannot be made.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,33 +42,32 @@ class Staging:
     def __enter__(self) -> Staging:
         _sweep(self.directory, WRITING)
         self.path.mkdir(parents=True)
-        self._held = os.open(self.path, os.O_RDONLY)
-        _locked(self._held)  # for as long as this process is there
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        _locked(self._descriptor)  # until this process ends
         return self
 
     def __exit__(self, *raised: object) -> None:
-        os.close(self._held)
-        shutil.rmtree(self.path, ignore_errors=True)  # not what is being moved: it may be all there is
+        os.close(self._descriptor)
+        shutil.rmtree(self.path, ignore_errors=True)  # a folder being moved has another name and stays
 
     def move_in(self, weights: Collection[str] = (), stale: Collection[Path] = ()) -> list[str]:
-        """Move what was written into the directory, once all of it is on the disk: weights first, configs last.
+        """Sync all files to the disk, then move them into the directory: weights first, configs last.
 
-        Configs that are replaced are removed before, so that nobody loads a mixture of two saves.
+        Old configs are removed first, so that a mixture of two saves never loads.
 
         Args:
-            weights: files that are moved by name: other hosts wrote them, and this one's listing of the folder may be
-                older.
-            stale: files to remove before, whether they are there or not.
+            weights: files to move by name: other hosts wrote them, and this host's listing of the folder may be stale.
+            stale: files to remove first, if they exist.
 
         Returns:
-            what was moved, relative to the directory.
+            the files moved, relative to the directory.
 
         Raises:
-            OSError: nothing in the directory was touched.
-            TensorParallelError: halfway, saying where the rest is.
+            OSError: nothing in the directory was changed.
+            TensorParallelError: moving failed halfway; the message names the folder with the rest.
         """
-        if os.fstat(self._held).st_nlink == 0:
-            raise OSError(f"somebody removed {self.path.name} while it was written")
+        if os.fstat(self._descriptor).st_nlink == 0:
+            raise OSError(f"another process removed {self.path.name} while it was written")
         listed = {path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()}
         fresh = sorted(listed | {Path(name) for name in weights})
         for path in fresh:
@@ -95,23 +94,23 @@ class Staging:
 
 
 def _sweep(directory: Path, mark: str) -> None:
-    """Remove folders that killed jobs left, as far as it goes."""
+    """Remove folders of killed jobs; failures are ignored."""
     for left in directory.glob(f"{mark}*"):
         if not re.fullmatch(re.escape(mark) + "[0-9a-f]{8}", left.name):
             continue
         try:
-            held = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
-            if _locked(held):
+            if _locked(descriptor):
                 shutil.rmtree(left, ignore_errors=True)
         finally:
-            os.close(held)
+            os.close(descriptor)
 
 
 def _locked(handle: int) -> bool:
-    """Whether nobody else has locked it; False where the file system has no locks."""
+    """Lock a file; False if another process has the lock, or the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,8 +1,8 @@
-"""Full tensors as they come, bucket by bucket, on the one rank that wants them.
+"""Full tensors, gathered bucket by bucket to one rank.
 
-Nothing is gathered where nobody needs it: the ranks of one TP group send their shards to its writer, and other data-
-parallel replicas do nothing, or serve a writer of their own. Under ZeRO-3 a bucket's parameters are first made whole
-over their data-parallel group, which every rank takes part in. Beyond its shard a rank holds a few buckets.
+The ranks of one TP group send their shards to its writer. Other data-parallel replicas do nothing, or serve a writer of
+their own. Under ZeRO-3 every rank first gathers a bucket's parameters over their data-parallel group. Beyond its shard
+a rank holds a few buckets.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,17 +18,17 @@ from torch import nn
 
 from tp_plugin.collectives import all_reduce_, gather_to
 from tp_plugin.errors import TensorParallelError, agree, sentence_of
-from tp_plugin.mesh import ParallelMesh
-from tp_plugin.sharding.equal import comm_device
-from tp_plugin.weights.parcel import Parcel, Span, pack, sharded_layout, unpack
+from tp_plugin.mesh import ParallelMesh, comm_device
+from tp_plugin.param_info import full_shape, sharded_layout
+from tp_plugin.partitioned import gathered, is_partitioned
+from tp_plugin.weights.gather_buffer import GatherBuffer, Span, pack, unpack
 
 BUCKET = 128 << 20  # bytes of full tensors gathered at a time
-_ENGINE = "tp_engine"
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Elements of one source tensor as ``torch.as_strided`` names them."""
+    """Elements of one source tensor, as in ``torch.as_strided``."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -42,9 +40,9 @@ class Output:
     """A tensor to be written.
 
     Attributes:
-        name: under which it is written.
-        sources: names, in the model, of what it is made of.
-        view: which elements of its only source it is; None when it is computed from all of ``sources``.
+        name: in the file.
+        sources: names, in the model, of the tensors it is made of.
+        view: elements of its only source; None if it is computed from all of ``sources``.
     """
 
     name: str
@@ -55,24 +53,18 @@ class Output:
 
 
 Sink = Callable[[Output, torch.Tensor, int], None]
-"""Takes an output's elements from a place on: (output, CPU tensor, index of its first element)."""
+"""Consumes a run of an output's elements: (output, CPU tensor, index of its first element)."""
 Compute = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-"""Makes outputs by name of full source tensors by name."""
+"""Computes outputs by name from full source tensors by name."""
 
 
 def persistent(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under every name they have; the very objects, not detached copies."""
+    """Parameters and persistent buffers under all their names, not detached."""
     return dict(model.state_dict(keep_vars=True))
 
 
-def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the unsharded tensor, whatever TP and ZeRO-3 have done to this one."""
-    layout = sharded_layout(tensor)
-    return layout.shape if layout is not None else tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
 def identities(tensors: Mapping[str, torch.Tensor]) -> list[Output]:
-    """Each tensor as an output, under its own name; one of several names of a tied tensor is enough."""
+    """An output for each tensor, a tied one under its first name only."""
     seen: dict[int, str] = {}
     for name, tensor in tensors.items():
         seen.setdefault(id(tensor), name)
@@ -100,63 +92,80 @@ def stream(
 
     Args:
         tensors: name -> this rank's tensor, as of :func:`persistent`.
-        outputs: what to make; the same on all ranks.
-        compute: makes the outputs that are no view of one source.
+        outputs: the same on all ranks.
+        compute: computes the outputs without a view.
         bucket: bytes of full tensors gathered at a time, None for :data:`BUCKET`; an output that is no
             run of rows may exceed it.
 
     Raises:
-        TensorParallelError: on every rank of the TP group, when one of them failed before a bucket was exchanged; no
-            rank waits for one that has failed, and none goes on gathering.
-        Exception: whatever else failed, on this rank alone.
+        TensorParallelError: on every rank of the TP group, if one of them failed before a bucket was exchanged; all
+            ranks stop gathering then.
+        Exception: any other failure, on this rank alone.
     """
-    mine, made_whole = mesh.dp_rank == replica, _MadeWhole()
-    failure: Exception | None = None
-    failed_somewhere = False
-    flag = torch.zeros(1, dtype=torch.int32, device=comm_device(mesh.tp_group))
-    with made_whole:
+    exchange = _Exchange(tensors, mesh, writer, sink, compute)
+    with _Gathered() as partitioned:
         for steps in _buckets(tensors, outputs, bucket or BUCKET):
             spans = list(dict.fromkeys(span for step in steps for span in step.spans))
-            made_whole.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
-            if not mine or failed_somewhere:
-                continue
-            parcel: Parcel | None = None
-            found: dict[Span, torch.Tensor] | None = None
-            try:
-                if failure is None:
-                    parcel = pack(tensors, spans, mesh, writer)
-            except Exception as failed:  # raised when the other ranks no longer wait for this one
-                failure = failed
-            if any(sharded_layout(tensors[span.name]) is not None for span in spans):
-                failed_somewhere = _anywhere(failure is not None, flag, mesh)
-                if failed_somewhere:
-                    continue
-                assert parcel is not None
-                gather_to(parcel.packed, mesh.tp_group, writer, parcel.received, purpose="export")
-            try:
-                if parcel is not None and mesh.tp_rank == writer:
-                    found = unpack(tensors, spans, parcel)
-                    parcel = None  # let go of what was received
-                    _hand_over(tensors, steps, found, sink, compute)
-            except Exception as failed:
-                failure = failed
-            parcel = found = None
-    if failed_somewhere:
+            partitioned.change_to([tensors[name] for name in dict.fromkeys(span.name for span in spans)])
+            if mesh.dp_rank == replica:
+                exchange.send(steps, spans)
+    exchange.finish()
+
+
+class _Exchange:
+    """Buckets of one TP group. A rank that fails says so before the next bucket, so that no rank waits for it."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh, writer: int, sink: Sink, compute: Compute | None
+    ) -> None:
+        self.tensors, self.mesh, self.writer, self.sink, self.compute = tensors, mesh, writer, sink, compute
+        self.failure: Exception | None = None
+        self.failed_somewhere = False
+        self._flag = torch.zeros(1, dtype=torch.int32, device=comm_device(mesh.tp_group))
+
+    def send(self, steps: Sequence[_Step], spans: Sequence[Span]) -> None:
+        """Gather one bucket to the writer and give it to the sink there."""
+        if self.failed_somewhere:
+            return
+        buffer: GatherBuffer | None = None
+        found: dict[Span, torch.Tensor] | None = None
         try:
-            agree(None if failure is None else sentence_of(failure), mesh.tp_group)
-        except TensorParallelError as together:
-            raise together from failure
-    if failure is not None:
-        raise failure
+            if self.failure is None:
+                buffer = pack(self.tensors, spans, self.mesh, self.writer)
+        except Exception as failed:  # raised by finish(), when no rank waits for this one
+            self.failure = failed
+        if any(sharded_layout(self.tensors[span.name]) is not None for span in spans):
+            self.failed_somewhere = self._any_failed()
+            if self.failed_somewhere:
+                return
+            assert buffer is not None
+            gather_to(buffer.packed, self.mesh.tp_group, self.writer, buffer.received, purpose="export")
+        try:
+            if buffer is not None and self.mesh.tp_rank == self.writer:
+                found = unpack(self.tensors, spans, buffer)
+                buffer = None  # free the memory of the received shards
+                _hand_over(self.tensors, steps, found, self.sink, self.compute)
+        except Exception as failed:
+            self.failure = failed
+        buffer = found = None  # a failure's traceback keeps this frame
 
+    def _any_failed(self) -> bool:
+        """Return True if a rank of the TP group has failed; one all-reduce of a number."""
+        if self.mesh.tp_group is None:
+            return self.failure is not None
+        self._flag.fill_(int(self.failure is not None))
+        all_reduce_(self._flag, self.mesh.tp_group, op=dist.ReduceOp.MAX, purpose="export")
+        return bool(self._flag.item())
 
-def _anywhere(failed: bool, flag: torch.Tensor, mesh: ParallelMesh) -> bool:
-    """Whether a rank of the TP group has failed: one number a bucket, so that nobody waits for its shards."""
-    if mesh.tp_group is None:
-        return failed
-    flag.fill_(int(failed))
-    all_reduce_(flag, mesh.tp_group, op=dist.ReduceOp.MAX, purpose="export")
-    return bool(flag.item())
+    def finish(self) -> None:
+        """Raise what failed, on every rank of the TP group if they know of it."""
+        if self.failed_somewhere:
+            try:
+                agree(None if self.failure is None else sentence_of(self.failure), self.mesh.tp_group)
+            except TensorParallelError as together:
+                raise together from self.failure
+        if self.failure is not None:
+            raise self.failure
 
 
 def _hand_over(
@@ -171,7 +180,7 @@ def _hand_over(
         output, view = step.output, step.output.view
         if view is None:
             if compute is None:
-                raise ValueError(f"{output.name!r} has to be computed and nothing was given to compute it")
+                raise ValueError(f"{output.name!r} has no view and stream() was given no function to compute it")
             if output.sources not in made:
                 made[output.sources] = compute({span.name: found[span] for span in step.spans})
             sink(output, made[output.sources][output.name], 0)
@@ -183,22 +192,20 @@ def _hand_over(
             sink(output, rows.as_strided(view.size, view.stride, view.offset - first).contiguous(), 0)
 
 
-class _MadeWhole(contextlib.ExitStack):
-    """The parameters of the bucket at hand, whole over their data-parallel group where ZeRO-3 holds them in parts."""
+class _Gathered(contextlib.ExitStack):
+    """Gathers the current bucket's parameters over their data-parallel group if they are partitioned."""
 
     _now: tuple[int, ...] = ()
 
     def change_to(self, tensors: Sequence[torch.Tensor]) -> None:
-        parted = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-        ids = tuple(map(id, parted))
-        if ids == self._now:  # a large parameter is more than one bucket
+        params = [tensor for tensor in tensors if is_partitioned(tensor)]
+        ids = tuple(map(id, params))
+        if ids == self._now:  # a large parameter spans several buckets
             return
         self.close()
         self._now = ids
-        if parted:
-            import deepspeed
-
-            self.enter_context(deepspeed.zero.GatheredParameters(parted))
+        if params:
+            self.enter_context(gathered(params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,25 +262,3 @@ def _row(shape: Sequence[int]) -> int:
 
 def _whole(shape: tuple[int, ...]) -> View:
     return View(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), 0)
-
-
-def note_engine(model: nn.Module, engine: Any) -> None:
-    """Remember, on a sharded model, the engine that trains it; see :func:`between_steps`."""
-    model.__dict__[_ENGINE] = weakref.ref(engine)
-
-
-@contextlib.contextmanager
-def between_steps(model_or_engine: Any) -> Iterator[None]:
-    """ZeRO-3 releases what it prefetched before parameters are gathered bucket by bucket, and resumes after."""
-    engine = model_or_engine
-    if not hasattr(engine, "optimizer") and isinstance(engine, nn.Module):
-        refs = (vars(module).get(_ENGINE) for module in engine.modules())
-        engine = next((ref() for ref in refs if ref is not None), None)
-    optimizer: Any = getattr(engine, "optimizer", None)
-    if hasattr(optimizer, "checkpoint_event_prologue"):
-        optimizer.checkpoint_event_prologue()
-    try:
-        yield
-    finally:
-        if hasattr(optimizer, "checkpoint_event_epilogue"):
-            optimizer.checkpoint_event_epilogue()

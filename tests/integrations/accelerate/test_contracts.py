@@ -8,54 +8,21 @@ import accelerate.scheduler
 import accelerate.utils.random
 import pytest
 import torch
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, memory, operations
 
-from tests.integrations.moved import assert_names_are_watched, assert_source_has
-from tp_plugin.integrations.accelerate import _PARTS, collect, counting, cpu, dispatch, export, mesh, randomness, refuse
-
-
-@pytest.mark.parametrize("part", _PARTS, ids=lambda part: part.__name__.split(".")[-1])
-def test_every_name_is_where_we_expect_it(part):
-    part.check_contracts()
-
-
-@pytest.mark.parametrize(
-    ("part", "owner", "name"),
-    [
-        (collect, operations, "_gpu_gather"),
-        (collect, operations, "_gpu_gather_object"),
-        (collect, accelerate.utils, "reduce"),
-        (collect, Accelerator, "reduce"),
-        (counting, PartialState, "split_between_processes"),
-        (counting, accelerate.scheduler, "AcceleratorState"),
-        (counting, accelerate.utils.random, "AcceleratorState"),
-        (counting, Accelerator, "num_processes"),
-        (counting, Accelerator, "is_last_process"),
-        (counting, Accelerator, "prepare_data_loader"),
-        (counting, ParallelismConfig, "_validate_accelerator"),
-        (cpu, PartialState, "_prepare_backend"),
-        (dispatch, accelerate.data_loader.DataLoaderDispatcher, "_fetch_batches"),
-        (export, Accelerator, "get_state_dict"),
-        (refuse, memory, "should_reduce_batch_size"),
-        (mesh, Accelerator, "_prepare_deepspeed"),
-        (mesh, Accelerator, "_prepare_device_mesh"),
-        (randomness, Accelerator, "load_state"),
-    ],
-)
-def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
-    assert_names_are_watched(monkeypatch, part, owner, name)
+from tests.support.moved import assert_source_has
+from tp_plugin.integrations.accelerate import unsupported
 
 
 def test_an_argument_that_moves_is_named(monkeypatch):
     monkeypatch.setattr(Accelerator, "__init__", lambda self, cpu=False: None)
-    with pytest.raises(ValueError, match="lost its argument 'deepspeed_plugin'"):
-        refuse.check_contracts()
+    assert any("accelerate.Accelerator takes no 'deepspeed_plugin' (" in text for text in unsupported.upstream.moved())
 
 
 def test_what_collects_goes_through_what_we_replace():
-    why = "accelerate/collect.py replaces what gather and gather_object call"
+    why = "accelerate/gather.py replaces what gather and gather_object call"
     for text in ("self.gather(input_data)", "gather_object(input_data)", "self.gradient_state.remainder"):
         assert_source_has(Accelerator.gather_for_metrics, text, why)
     assert_source_has(Accelerator.gather, "return gather(tensor)", why)
@@ -66,12 +33,12 @@ def test_what_collects_goes_through_what_we_replace():
 
 def test_any_rank_may_raise_the_flag():
     assert_source_has(
-        Accelerator.check_trigger, "self.reduce(self.flag_tensor)", "accelerate/collect.py spares the flag"
+        Accelerator.check_trigger, "self.reduce(self.flag_tensor)", "accelerate/gather.py spares the flag"
     )
 
 
 def test_schedules_step_once_a_process(monkeypatch):
-    """If upstream has learnt to count data-parallel ranks here, accelerate/counting.py would divide twice."""
+    """If upstream has learnt to count data-parallel ranks here, accelerate/data_parallel.py would divide twice."""
     taken = []
 
     class Stub:
@@ -91,7 +58,9 @@ def test_device_specific_seeds_add_the_process_index(monkeypatch):
     accelerate.utils.random.set_seed(10, device_specific=True)
     drawn = torch.rand(1)
     accelerate.utils.random.set_seed(14)
-    assert drawn == torch.rand(1), "set_seed no longer adds AcceleratorState().process_index; accelerate/counting.py"
+    assert drawn == torch.rand(1), (
+        "set_seed no longer adds AcceleratorState().process_index; accelerate/data_parallel.py"
+    )
 
 
 def test_accelerate_has_no_backend_for_deepspeed_on_cpu(monkeypatch):
@@ -106,7 +75,7 @@ def test_accelerate_has_no_backend_for_deepspeed_on_cpu(monkeypatch):
 
 
 def test_prepare_makes_its_mesh_by_a_name_looked_up_each_time():
-    why = "accelerate/mesh.py hands the first mesh out again"
+    why = "accelerate/data_parallel.py hands the first mesh out again"
     assert_source_has(Accelerator._prepare_deepspeed, "from torch.distributed.device_mesh import init_device_mesh", why)
     assert_source_has(Accelerator._prepare_deepspeed, 'mesh_dim_name = "tp"', why)
     assert_source_has(Accelerator._prepare_deepspeed, "self.state.ds_device_mesh = init_device_mesh(", why)
@@ -114,11 +83,14 @@ def test_prepare_makes_its_mesh_by_a_name_looked_up_each_time():
 
 def test_what_accelerator_does_with_its_number_of_processes():
     """A place that is not among these has to be looked at: does it mean ranks, or readers of distinct data?"""
-    readers, ranks = "accelerate/counting.py counts readers there", "accelerate/counting.py has it count ranks"
+    readers, ranks = (
+        "accelerate/data_parallel.py counts readers there",
+        "accelerate/data_parallel.py has it count ranks",
+    )
     inside = Accelerator._prepare_deepspeed
     assert_source_has(inside, "scheduler.total_num_steps / self.num_processes", readers)
     assert_source_has(inside, "[batch_size // self.num_processes for batch_size in batch_sizes]", readers)
-    assert_source_has(inside, "* self.num_processes // sp_size", "deepspeed/refuse.py refuses a train_batch_size")
+    assert_source_has(inside, "* self.num_processes // sp_size", "deepspeed/unsupported.py refuses a train_batch_size")
     assert_source_has(Accelerator.prepare_data_loader, "num_processes=self.num_processes,", ranks)
     assert_source_has(Accelerator.is_last_process.fget, "self.process_index == self.num_processes - 1", ranks)
     assert_source_has(Accelerator.num_processes.fget, "return self.state.num_processes", readers)
@@ -138,7 +110,7 @@ def test_what_accelerator_does_with_its_number_of_processes():
 
 
 def test_an_accelerator_keeps_its_models():
-    why = "accelerate/randomness.py restores their random states"
+    why = "accelerate/rng_state.py restores their random states"
     assert_source_has(Accelerator.__init__, "self._models = []", why)
     assert_source_has(Accelerator.load_state, "for i, model in enumerate(self._models):", why)
 
@@ -151,7 +123,10 @@ def test_data_loaders_read_by_groups():
 
 
 def test_streams_are_dealt_by_what_we_replace():
-    dispatcher, why = accelerate.data_loader.DataLoaderDispatcher, "accelerate/dispatch.py deals streams to TP groups"
+    dispatcher, why = (
+        accelerate.data_loader.DataLoaderDispatcher,
+        "accelerate/data_parallel.py deals streams to TP groups",
+    )
     assert_source_has(dispatcher._fetch_batches, "range(self.state.num_processes)", why)
     assert_source_has(dispatcher._fetch_batches, "if self.submesh_tp:", why)
     assert_source_has(dispatcher.__iter__, "batch_size = observed_batch_size // self.state.num_processes", why)
@@ -162,16 +137,16 @@ def test_streams_are_dealt_by_what_we_replace():
 
 def test_get_state_dict_needs_us():
     """Accelerate refuses to hand out a sharded model's weights unless DeepSpeed is told to gather 16 bit weights."""
-    why = "accelerate/export.py returns the full state dict instead"
+    why = "accelerate/gather.py returns the full state dict instead"
     assert_source_has(Accelerator.get_state_dict, "model.zero_gather_16bit_weights_on_model_save()", why)
 
 
 def test_a_parallelism_config_is_read_from_the_environment():
-    why = "accelerate/refuse.py refuses it beside DeepSpeed"
+    why = "accelerate/unsupported.py refuses it beside DeepSpeed"
     assert_source_has(Accelerator.__init__, "ACCELERATE_USE_PARALLELISM_CONFIG", why)
     assert_source_has(accelerate.parallelism_config.ParallelismConfig, "PARALLELISM_CONFIG_TP_SIZE", why)
 
 
 def test_a_batch_size_is_found_by_asking_what_we_replace():
-    why = "accelerate/refuse.py refuses to try again on one rank"
+    why = "accelerate/unsupported.py refuses to try again on one rank"
     assert_source_has(memory.find_executable_batch_size, "if should_reduce_batch_size(e):", why)

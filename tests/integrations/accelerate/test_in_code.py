@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 import tp_plugin
-from integration.scripts import tiny
+from tests.support import tiny
+from tests.support.configs import auto_config
 from tests.support.ranks import on_ranks
 
 TP, DP, STEPS, RATE = 2, 2, 3, 1e-2
@@ -20,17 +21,8 @@ STAGES = (1, 3)
 
 
 def config(stage: int, **more: Any) -> dict:
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "tensor_parallel": {"autotp_size": TP},
-        "tp_plugin": {"quiet": True},
-        **more,
-    }
+    ours = {"tensor_parallel": {"autotp_size": TP}, "tp_plugin": {"quiet": True}}
+    return auto_config(stage, **{"zero_allow_untested_optimizer": True} | ours | more)
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -38,7 +30,8 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def looped(stage: int) -> dict:
-    plugin = DeepSpeedPlugin(hf_ds_config=config(stage), gradient_clipping=0.5, gradient_accumulation_steps=1)
+    asked = config(stage, train_batch_size="auto")
+    plugin = DeepSpeedPlugin(hf_ds_config=asked, gradient_clipping=0.5, gradient_accumulation_steps=1)
     accelerator = Accelerator(deepspeed_plugin=plugin)
     model = tiny.model()
     loader = torch.utils.data.DataLoader(tiny.Samples(24), batch_size=2)

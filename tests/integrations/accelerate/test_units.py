@@ -6,7 +6,7 @@ import torch.distributed.device_mesh as device_mesh
 from accelerate import Accelerator
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.accelerate import degree, dispatch, export, mesh
+from tp_plugin.integrations.accelerate import data_parallel, degree, gather
 
 
 @pytest.mark.parametrize(
@@ -26,19 +26,21 @@ def test_the_degree_of_a_config(config, expected):
 def test_a_mesh_is_reused_only_where_it_fits(monkeypatch):
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *args, **kwargs: "new")
     original = device_mesh.init_device_mesh
-    with mesh._reused("old", 2):
+    with data_parallel._reused("old", 2):
         assert device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)) == "old"
         assert device_mesh.init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)) == "new"
         assert device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")) == "new"
     assert device_mesh.init_device_mesh is original
-    with mesh._reused(None, 2):
+    with data_parallel._reused(None, 2):
         assert device_mesh.init_device_mesh is original
 
 
 @pytest.mark.parametrize("rank", range(4))
 def test_a_stream_is_cut_by_groups(rank):
     """Two groups of two, three rows each; accelerate asks for the rows of rank ``rank``."""
-    took = dispatch._share(lambda data, part, **_: data[part], 2, list(range(6)), slice(rank * 3, rank * 3 + 3), rank)
+    took = data_parallel._share(
+        lambda data, part, **_: data[part], 2, list(range(6)), slice(rank * 3, rank * 3 + 3), rank
+    )
     assert took == ([0, 1, 2] if rank < 2 else [3, 4, 5])
 
 
@@ -48,8 +50,7 @@ def test_a_failing_export_is_no_value_error(monkeypatch):
     def fails(model):
         raise TensorParallelError("a peer is gone")
 
-    monkeypatch.setattr(export, "state_of", lambda model: object())
-    monkeypatch.setattr(export, "full_state_dict", fails)
-    get_state_dict = export._get_state_dict_method(Accelerator.get_state_dict)
+    monkeypatch.setattr(gather, "state_of", lambda model: object())
+    monkeypatch.setattr(gather, "full_state_dict", fails)
     with pytest.raises(RuntimeError, match="a peer is gone"):
-        get_state_dict(None, torch.nn.Linear(1, 1))
+        gather._get_state_dict(Accelerator.get_state_dict, None, torch.nn.Linear(1, 1))

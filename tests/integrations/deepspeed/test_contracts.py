@@ -2,101 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-
-import deepspeed
-import pytest
-from deepspeed.module_inject import auto_ep_layer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel import init_utils
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
 
-from tests.integrations.moved import assert_source_has
+from tests.support.configs import config_for
 from tests.support.models import make
+from tests.support.moved import assert_source_has
 from tests.support.ranks import on_ranks
-from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
-from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.contract import Patches
-from tp_plugin.integrations.deepspeed import check_contracts, slot
-
-WATCHED = [
-    (DeepSpeedEngine, "_apply_autotp_partitioning"),
-    (DeepSpeedEngine, "autotp_size"),
-    (DeepSpeedEngine, "clip_fp32_gradients"),
-    (DeepSpeedEngine, "_consolidated_16bit_state_dict"),
-    (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict"),
-    (DeepSpeedEngine, "save_16bit_model"),
-    (DeepSpeedEngine, "backward"),
-    (DeepSpeedEngine, "save_checkpoint"),
-    (DeepSpeedEngine, "load_checkpoint"),
-    (DeepSpeedZeroOptimizer, "update_lp_params"),
-    (BF16_Optimizer, "update_lp_params"),
-    (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_prologue"),
-    (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue"),
-    (groups, "_get_data_parallel_group"),
-    (DeepSpeedZeroOptimizer, "get_grad_norm_direct"),
-    (DeepSpeedZeroOptimizer, "complete_grad_norm_calculation_for_cpu_offload"),
-    (DeepSpeedZeroOptimizer, "get_param_id"),
-    (DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct"),
-    (DeepSpeedZeroOptimizer_Stage3, "complete_grad_norm_calculation_for_cpu_offload"),
-    (DeepSpeedZeroOptimizer_Stage3, "get_param_id"),
-    (BF16_Optimizer, "get_grads_for_norm"),
-    (groups, "mpu"),
-    (groups, "get_tensor_model_parallel_group"),
-    (groups, "get_tensor_model_parallel_world_size"),
-    (groups, "get_data_parallel_group"),
-    (groups, "_init_tp_mesh_device"),
-    (auto_ep_layer, "ReplacementSourceMap"),
-    (init_utils, "load_ds_config"),
-    (importlib.import_module("deepspeed.comm.torch"), "build_shm_op"),
-    (deepspeed, "initialize"),
-]
-
-
-def test_every_name_is_where_we_expect_it():
-    check_contracts()
-
-
-@pytest.mark.parametrize(("owner", "name"), WATCHED, ids=lambda value: getattr(value, "__name__", value))
-def test_a_name_that_moves_is_named(monkeypatch, owner, name):
-    where = getattr(owner, "__module__", "") + "." if isinstance(owner, type) else ""
-    monkeypatch.delattr(owner, name)
-    with pytest.raises(TensorParallelError) as refused:
-        check_contracts()
-    assert f"{where}{owner.__name__}.{name} is gone upstream" in str(refused.value)
-    assert "deepspeed 0.19" in str(refused.value)
-    assert "install a version that tp-plugin was tested with" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (DeepSpeedEngine, "_apply_autotp_partitioning"),
-        (DeepSpeedEngine, "save_16bit_model"),
-        (DeepSpeedEngine, "save_checkpoint"),
-        (DeepSpeedEngine, "load_checkpoint"),
-        (DeepSpeedZeroOptimizer, "get_grad_norm_direct"),
-        (BF16_Optimizer, "get_grads_for_norm"),
-        (groups, "_init_tp_mesh_device"),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_arguments_that_move_are_named(monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, lambda self, something, quite, different: None)
-    with pytest.raises(TensorParallelError, match=rf"{name} takes \(.*different\) where \("):
-        check_contracts()
-
-
-def test_what_is_replaced_is_watched(monkeypatch):
-    replaced = []
-    monkeypatch.setattr(Patches, "replace", lambda self, owner, name, make: replaced.append((owner, name)))
-    monkeypatch.setattr(slot, "_PATCHES", Patches())
-    slot.install()
-    assert len(replaced) >= 10
-    assert set(replaced) <= set(WATCHED)
+from tests.support.train import engine_for, loss_of, micro_batches, optimizer_for
 
 
 def test_the_engine_comes_by_the_slot():
@@ -113,8 +29,18 @@ def test_the_engine_comes_by_the_slot():
     )
 
 
+def test_batches_and_groups_are_counted_as_we_expect():
+    why = "deepspeed/config.py reads train_batch_size so"
+    sizes = DeepSpeedConfig._set_batch_related_parameters
+    for source in ("grad_acc = train_batch // micro_batch", "micro_batch = train_batch // self.world_size"):
+        assert_source_has(sizes, source, why)
+    assert_source_has(DeepSpeedConfig.__init__, "self.world_size = mpu.get_data_parallel_world_size()", why)
+    why = "deepspeed/config.py completes a config as tp_model_init does"
+    assert_source_has(init_utils.merge_tp_model_init_into_config, 'tp_section["autotp_size"] = tp_size', why)
+
+
 def test_the_norm_comes_by_our_patches():
-    why = "deepspeed/norm.py counts shared key/value heads once there"
+    why = "deepspeed/grad_norm.py counts shared key/value heads once there"
     assert_source_has(DeepSpeedZeroOptimizer.scaled_global_norm, "self.get_grad_norm_direct(", why)
     assert_source_has(
         DeepSpeedZeroOptimizer.scaled_global_norm, "self.complete_grad_norm_calculation_for_cpu_offload(", why
@@ -127,7 +53,7 @@ def test_the_norm_comes_by_our_patches():
 
 INSTANCE = {
     ("engine", ""): (
-        *("_config", "first_dataloader_check", "_global_grad_norm", "client_optimizer", "basic_optimizer"),
+        *("_config", "config", "first_dataloader_check", "_global_grad_norm", "client_optimizer", "basic_optimizer"),
         *("global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler"),
     ),
     ("config", ""): ("_param_dict", "train_batch_size"),
@@ -138,7 +64,7 @@ INSTANCE = {
     ),
     (2, "optimizer"): ("model_parallel_rank", "params_in_partition", "first_offset"),
     (3, "optimizer"): (
-        *("model_parallel_rank", "dp_process_group", "fp16_partitioned_groups", "fp16_groups", "grad_position"),
+        *("model_parallel_rank", "fp16_partitioned_groups", "fp16_groups", "grad_position"),
         *("fp32_partitioned_groups_flat", "sub_group_to_group_id", "persistent_parameters", "optimizer"),
     ),
     (2, "offload"): ("norm_for_param_grads", "grad_position", "single_partition_of_fp32_groups"),

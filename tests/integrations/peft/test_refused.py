@@ -7,13 +7,17 @@ import dataclasses
 import peft
 import pytest
 import torch
+from peft import LoraConfig
+from torch import nn
 
-from tests.integrations.peft.test_use import DATA, lora, shard
-from tests.support.adapters import adapt
-from tests.support.cases import launched, sentence
+from tests.support.adapters import DATA, adapt, lora, shard
+from tests.support.batched_cases import launched, sentence
+from tests.support.configs import config_for
 from tests.support.models import make
-from tests.support.train import config_for, engine_for, optimizer_for
-from tp_plugin.integrations.peft.allowed import TYPES, config_obstacle
+from tests.support.moved import pretended
+from tests.support.train import engine_for, optimizer_for
+from tp_plugin.integrations.peft import inject
+from tp_plugin.integrations.peft.support_matrix import TYPES, unsupported_config
 
 HERE = "tests.integrations.peft.test_refused"
 
@@ -79,6 +83,11 @@ def refuse_tied_adapters() -> None:
     shard(peft.get_peft_model(make("Qwen3", tied=True), config))
 
 
+def refuse_tied_adapters_late() -> None:
+    config = lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    peft.get_peft_model(shard(make("Qwen3", tied=True)), config)
+
+
 def refuse_inside() -> None:
     shard(torch.nn.Sequential(peft.get_peft_model(make("Llama"), lora())))
 
@@ -122,7 +131,8 @@ SAYS = {
     "refuse_block_late": "sharded inside",
     "refuse_pissa_late": "before sharding",
     "refuse_empty_late": "low_cpu_mem_usage",
-    "refuse_tied_adapters": "ensure_weight_tying",
+    "refuse_tied_adapters": "train the embedding by modules_to_save, which is tied",
+    "refuse_tied_adapters_late": "train the embedding by modules_to_save, which is tied",
     "refuse_inside": "give tp_plugin the PeftModel itself",
     "refuse_head_bias": "set lora_bias=False",
     "refuse_after_zero_3": "before deepspeed.initialize",
@@ -133,11 +143,22 @@ SAYS = {
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_refused(name):
+def test_an_unsupported_adapter_is_refused_on_every_rank(name):
     assert SAYS[name] in sentence(launched(2, HERE, tuple(SAYS)), name)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in peft.PeftType if kind not in TYPES])
 def test_types_that_nobody_tried_are_refused(kind):
     config = dataclasses.replace(peft.PeftConfig(), peft_type=kind)
-    assert f"PEFT type {kind.value}" in (config_obstacle("default", config) or "")
+    assert f"PEFT type {kind.value}" in (unsupported_config("default", config) or "")
+
+
+def test_experts_are_adapted_late_from_peft_0_21_on():
+    model, config = nn.Linear(2, 2), LoraConfig(target_parameters=["experts.down_proj"])
+    assert inject._obstacle(model, "one", config) is None
+    with pretended("peft", "0.20.0"):
+        said = inject._obstacle(model, "one", config)
+        assert inject._obstacle(model, "one", LoraConfig(target_modules="all-linear")) is None
+    assert said.startswith(
+        "LoRA on experts of peft 0.20.0 is made as small as the shards of this model; put it in before"
+    )

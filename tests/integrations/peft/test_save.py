@@ -13,18 +13,18 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 
 import tp_plugin
-from tests.integrations.peft.test_use import close, gradients_of, logits_of, shard, shared_folder, trained
-from tests.support.adapters import adapt
-from tests.support.cases import launched, values
+from tests.support.adapters import adapt, close, gradients_of, logits_of, shard, shared_folder, trained
+from tests.support.batched_cases import launched, values
+from tests.support.configs import config_for
 from tests.support.models import make
-from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for
+from tests.support.train import engine_for, loss_of, micro_batches, optimizer_for
 from tp_plugin.integrations.peft import save
 from tp_plugin.sharding import state_of
 
 HERE = "tests.integrations.peft.test_save"
 
 
-def saved_and_loaded(family: str, adapter: str, stage: int, late: bool = True, **options) -> None:
+def saved_and_loaded(family: str, adapter: str, stage: int, late: bool = True, again: bool = True, **options) -> None:
     """Train, save; plain PEFT in one process, and a sharded model, give the logits of the trained one."""
     with shared_folder() as folder:
         engine = trained(adapt(make(family, **options), adapter), stage)
@@ -43,6 +43,8 @@ def saved_and_loaded(family: str, adapter: str, stage: int, late: bool = True, *
             return
         ours = peft.PeftModel.from_pretrained(shard(make(family, **options)), folder / "by us")
         close(logits_of(ours), wanted)
+        if not again:
+            return
         ours.load_adapter(folder / "by us", "again")
         ours.set_adapter("again")
         close(logits_of(ours), wanted)
@@ -54,6 +56,25 @@ def saves_zero_1() -> None:
 
 def saves_zero_3() -> None:
     saved_and_loaded("Llama", "modules to save", 3, tied=False)
+
+
+def saves_tied() -> None:
+    """One copy that embedding and head share: saved, loaded, merged, and put in before sharding and after.
+
+    PEFT 0.21 forgets the head's copy where a second such adapter is loaded, in one process too.
+    """
+    saved_and_loaded("Qwen3", "tied to save", 3, again=False, tied=True)
+    with shared_folder() as folder:
+        truth = adapt(make("Qwen3", tied=True), "tied to save").merge_and_unload()
+        for name, model in {
+            "before": shard(adapt(make("Qwen3", tied=True), "tied to save")),
+            "after": adapt(shard(make("Qwen3", tied=True)), "tied to save"),
+        }.items():
+            copies = [model.get_base_model().model.embed_tokens, model.get_base_model().lm_head]
+            first, second = (wrapper.modules_to_save["default"].weight for wrapper in copies)
+            assert first is second
+            tp_plugin.save_pretrained(model.merge_and_unload(), folder / name)
+            close(logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder / name)), logits_of(truth))
 
 
 def saves_experts() -> None:
@@ -269,6 +290,7 @@ def test_prompt_that_zero_3_parted_is_saved(adapter):
 RIGHT = (
     "saves_zero_1",
     "saves_zero_3",
+    "saves_tied",
     "saves_experts",
     "saves_scales",
     "saves_prompt",
@@ -285,5 +307,5 @@ RIGHT = (
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right(name):
+def test_adapters_are_saved_and_loaded_as_in_one_process(name):
     values(launched(2, HERE, RIGHT), name)

@@ -10,12 +10,11 @@ import torch.distributed as dist
 import transformers
 
 import tp_plugin
-from integration.scripts import tiny
-from tests.integrations.peft.test_use import shared_folder
-from tests.support.adapters import adapt
+from tests.support import tiny
+from tests.support.adapters import adapt, shared_folder
 from tests.support.models import make
 from tests.support.ranks import on_ranks
-from tests.support.trainings import config_of
+from tests.support.trainer_cases import config_of
 
 
 def saved(stage: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import peft
 import pytest
@@ -14,55 +11,14 @@ import torch
 import torch.distributed as dist
 from peft.utils.other import ModulesToSaveWrapper
 
-import tp_plugin
-from tests.support.adapters import adapt
-from tests.support.cases import launched, values
-from tests.support.models import batch, make
-from tests.support.train import config_for, engine_for, loss_of, micro_batches, optimizer_for, relative
+from tests.support.adapters import DATA, adapt, close, gradients_of, logits_of, lora, shard, trained
+from tests.support.batched_cases import launched, values
+from tests.support.models import make
 from tp_plugin.collectives import counted
-from tp_plugin.integrations.transformers.parameters import whole_count
-from tp_plugin.sharding import state_of
+from tp_plugin.integrations.transformers.parameters import full_count
+from tp_plugin.param_info import info_of, layout_of
 
 HERE = "tests.integrations.peft.test_use"
-DATA = batch(9, 2)
-
-
-def shard(model: torch.nn.Module, **options) -> torch.nn.Module:
-    tp_plugin.shard_model(model, tp_plugin.TensorParallelConfig(tp_size=2, quiet=True, **options))
-    return model
-
-
-def trained(model: torch.nn.Module, stage: int):
-    """An engine around ``model``, two steps on."""
-    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
-    for step in (0, 1):
-        for pieces in micro_batches(step, 1):
-            engine.backward(loss_of(engine, pieces[0], step))
-            engine.step()
-    return engine
-
-
-@torch.no_grad()
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    """Of a fixed batch, in evaluation, on every rank."""
-    model.eval()
-    found = model(input_ids=DATA["input_ids"]).logits
-    model.train()
-    return found
-
-
-@contextlib.contextmanager
-def shared_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as own:
-        box = [own]
-        dist.broadcast_object_list(box)
-        yield Path(box[0])
-        dist.barrier()
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    error = relative(ours, theirs)
-    assert error < 1e-5, error
 
 
 def merges_dora() -> None:
@@ -76,22 +32,6 @@ def merges_dora() -> None:
     for model in (truth, ours):
         model.unmerge_adapter()
     gradients_of(ours, truth)
-
-
-def gradients_of(ours: torch.nn.Module, truth: torch.nn.Module) -> None:
-    """Every gradient of a step of the sharded model against the truth's."""
-    rank = state_of(ours).mesh.tp_rank
-    for model in (ours, truth):
-        model.zero_grad(set_to_none=True)
-        model(**DATA).loss.backward()
-    expected = {name: param.grad for name, param in truth.named_parameters()}
-    for name, param in ours.named_parameters():
-        wanted = expected[name]
-        assert (param.grad is None) == (wanted is None), name
-        if wanted is not None:
-            layout = getattr(param, "tp_layout", None)
-            wanted = wanted if layout is None else layout.shard(wanted, rank)
-            assert relative(param.grad, wanted, 1e-6) < 1e-4, name
 
 
 def _printed(model: torch.nn.Module) -> str:
@@ -108,13 +48,13 @@ def counts() -> None:
     late = adapt(shard(make("Llama", heads=(6, 3))), "several")
     parted = trained(adapt(make("Llama", heads=(6, 3)), "several"), 3).module
     for model in (early, late, parted):
-        assert [whole_count(model, trainable=trainable) for trainable in (True, False)] == sizes
+        assert [full_count(model, trainable=trainable) for trainable in (True, False)] == sizes
         assert model.get_nb_trainable_parameters() == truth.get_nb_trainable_parameters() == tuple(sizes)
         assert _printed(model) == _printed(truth)
     status = [peft.get_model_status(model) for model in (truth, early, late)]
     assert len({(one.trainable_params, one.total_params) for one in status}) == 1
     merged = late.merge_and_unload()
-    assert whole_count(merged) == merged.num_parameters() == make("Llama", heads=(6, 3)).num_parameters()
+    assert full_count(merged) == merged.num_parameters() == make("Llama", heads=(6, 3)).num_parameters()
 
 
 def switches() -> None:
@@ -175,9 +115,10 @@ def twins() -> None:
             first, twin = wrapper.original_module, wrapper.modules_to_save["default"]
             for name in ("out_features", "in_features", "num_embeddings"):
                 assert getattr(twin, name, None) == getattr(first, name, None), name
-            assert vars(twin.weight).keys() - {"tp_summed"} == vars(first.weight).keys() - {"tp_summed"}
+            assert vars(twin.weight).keys() == vars(first.weight).keys()
+            assert info_of(twin.weight) == info_of(first.weight)
             assert not hasattr(twin.weight, "ds_shape")
-            found += hasattr(twin.weight, "tp_vocab")
+            found += info_of(twin.weight).vocab is not None
     assert found == 1, "no head's copy"
 
 
@@ -212,7 +153,7 @@ def drops_out() -> None:
     assert not torch.equal(masked[0], masked[1])
     for name, gradient in gradients[0].items():
         param = dict(model.named_parameters())[name]
-        if not hasattr(param, "tp_layout"):
+        if layout_of(param) is None:
             others = [torch.empty_like(gradient) for _ in range(2)]
             dist.all_gather(others, gradient)
             assert torch.equal(*others), f"replicas of {name} got other gradients"
@@ -230,7 +171,7 @@ def seeded_by_rank() -> None:
     for model in (late, shard(early)):
         for (name, param), (_, wanted) in zip(model.named_parameters(), truth.named_parameters(), strict=True):
             if "lora_A" in name:
-                layout = getattr(param, "tp_layout", None)
+                layout = layout_of(param)
                 assert torch.equal(param, wanted if layout is None else layout.shard(wanted, rank)), name
 
 
@@ -254,10 +195,6 @@ def collectives() -> None:
     assert after.nbytes("partial gradient") == 2 * 5 * 4 * 32 * 4
 
 
-def lora(**options) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
-
-
 RIGHT = (
     "merges_dora",
     "switches",
@@ -273,5 +210,5 @@ RIGHT = (
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right(name):
+def test_adapters_act_as_in_one_process(name):
     values(launched(2, HERE, RIGHT), name)

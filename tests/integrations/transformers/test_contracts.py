@@ -4,98 +4,34 @@ import inspect
 import re
 from types import SimpleNamespace
 
-import deepspeed
 import pytest
 import torch
-from transformers import GenerationMixin, PreTrainedModel, Trainer, core_model_loading, modeling_utils, trainer
+from transformers import GenerationMixin, PreTrainedModel, Trainer, core_model_loading, trainer
 from transformers.distributed import tensor_parallel
 from transformers.generation.continuous_batching import ContinuousMixin
 from transformers.integrations import deepspeed as trainer_side
 from transformers.integrations import moe
-from transformers.modeling_utils import ModuleUtilsMixin
-from transformers.utils import hub
 
-from tests.integrations.moved import assert_names_are_watched, assert_source_has
-from tp_plugin.integrations.transformers import (
-    _PARTS,
-    export,
-    files,
-    first_step,
-    generate,
-    loading,
-    parameters,
-    randomness,
-    rates,
-    reading,
-    record,
-    refuse,
-    tokens,
-)
+from tests.support.moved import assert_source_has
 from tp_plugin.plans.from_transformers import STYLE_OF
 
 
-@pytest.mark.parametrize("part", [*_PARTS, files], ids=lambda part: part.__name__.split(".")[-1])
-def test_every_name_is_where_we_expect_it(part):
-    part.check_contracts()
-
-
-@pytest.mark.parametrize(
-    ("part", "owner", "name"),
-    [
-        (tokens, Trainer, "get_tp_size"),
-        (tokens, Trainer, "get_total_train_batch_size"),
-        (loading, PreTrainedModel, "from_pretrained"),
-        (loading, PreTrainedModel, "_from_config"),
-        (loading, PreTrainedModel, "_load_pretrained_model"),
-        (loading, PreTrainedModel, "tie_weights"),
-        (loading, PreTrainedModel, "_adjust_bias"),
-        (loading, modeling_utils, "_get_resolved_checkpoint_files"),
-        (loading, modeling_utils, "get_hf_quantizer"),
-        (loading, modeling_utils, "log_state_dict_report"),
-        (loading, core_model_loading, "convert_and_load_state_dict_in_model"),
-        (loading, trainer_side, "_hf_deepspeed_config_weak_ref"),
-        (loading, trainer_side, "is_deepspeed_zero3_enabled"),
-        (loading, trainer_side, "deepspeed_config"),
-        (generate, GenerationMixin, "generate"),
-        (generate, GenerationMixin, "_get_stopping_criteria"),
-        (generate, ContinuousMixin, "init_continuous_batching"),
-        (parameters, ModuleUtilsMixin, "num_parameters"),
-        (parameters, trainer, "get_model_param_count"),
-        (parameters, Trainer, "get_num_trainable_parameters"),
-        (parameters, Trainer, "floating_point_ops"),
-        (randomness, Trainer, "_load_rng_state"),
-        (rates, trainer, "speed_metrics"),
-        (rates, Trainer, "evaluate"),
-        (rates, Trainer, "predict"),
-        (reading, Trainer, "_get_dataloader"),
-        (files, modeling_utils, "safe_save_file"),
-        (export, core_model_loading, "revert_weight_conversion"),
-        (files, PreTrainedModel, "get_parameter_or_buffer"),
-        (export, Trainer, "save_model"),
-        (export, hub, "create_and_tag_model_card"),
-        (first_step, Trainer, "training_step"),
-        (first_step, Trainer, "compute_loss"),
-        (first_step, Trainer, "_prepare_inputs"),
-        (first_step, Trainer, "compute_loss_context_manager"),
-        (refuse, trainer, "apply_liger_kernel"),
-        (refuse, trainer, "find_executable_batch_size"),
-        (record, deepspeed, "tp_model_init"),
-        (record, trainer_side, "deepspeed_init"),
-    ],
-)
-def test_a_name_that_moves_is_named(monkeypatch, part, owner, name):
-    assert_names_are_watched(monkeypatch, part, owner, name)
-
-
 def test_trainer_takes_evaluation_steps_to_be_as_wide_as_the_world():
-    why = "transformers/rates.py corrects it, only while it is so"
+    why = "transformers/data_parallel.py corrects it, only while it is so"
     for method in (Trainer.evaluate, Trainer.predict):
         assert_source_has(method, "total_batch_size = self.args.eval_batch_size * self.args.world_size", why)
         assert_source_has(method, "num_steps=math.ceil(output.num_samples / total_batch_size)", why)
 
 
+def test_optimizers_are_dropped_as_we_say():
+    why = "transformers/deepspeed_config.py says so"
+    assert_source_has(trainer_side.deepspeed_init, "trainer.optimizer = None", why)
+    assert_source_has(trainer_side.deepspeed_optim_sched, 'if "optimizer" in config: optimizer = DummyOptim(', why)
+    assert_source_has(Trainer._prepare_for_training, "self.optimizer, self.lr_scheduler = deepspeed_init(self", why)
+
+
 def test_trainer_files_random_states_by_process():
-    why = "transformers/randomness.py undoes it where the shape has changed"
+    why = "transformers/data_parallel.py undoes it where the shape has changed"
     assert_source_has(Trainer._load_rng_state, 'f"rng_state_{process_index}.pth"', why)
     assert_source_has(Trainer._run_epoch, "self._load_rng_state(resume_from_checkpoint)", why)
 
@@ -107,7 +43,7 @@ def test_trainer_sums_floating_point_operations_over_the_world():
 
 
 def test_trainer_derives_from_the_rank_in_the_world_what_loaders_read():
-    why = "transformers/reading.py counts TP groups instead"
+    why = "transformers/data_parallel.py counts TP groups instead"
     assert_source_has(Trainer._get_train_sampler, "dp_size=world_size", why)
     assert_source_has(Trainer._get_train_sampler, "rank = self.args.process_index", why)
     assert_source_has(Trainer._get_dataloader, "partial( seed_worker, num_workers=", why)
@@ -115,7 +51,7 @@ def test_trainer_derives_from_the_rank_in_the_world_what_loaders_read():
 
 
 def test_a_model_is_pushed_by_whoever_calls():
-    why = "transformers/push.py uploads once for all ranks"
+    why = "transformers/export.py uploads once for all ranks"
     assert_source_has(PreTrainedModel.push_to_hub, "self.save_pretrained(tmp_dir, max_shard_size=max_shard_size)", why)
 
 
@@ -128,7 +64,7 @@ def test_every_way_into_continuous_batching_is_refused():
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_trainer_divides_token_counts_by_the_degree(degree):
-    """If it stops to, transformers/tokens.py would say 1 for nothing."""
+    """If it stops to, transformers/data_parallel.py would say 1 for nothing."""
     trainer = SimpleNamespace(
         model_accepts_loss_kwargs=True, compute_loss_func=None, _loss_shifts_labels=True,
         args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=degree),
@@ -140,21 +76,21 @@ def test_trainer_divides_token_counts_by_the_degree(degree):
 
 
 def test_averaging_over_devices_goes_through_our_gather():
-    why = "transformers/tokens.py relies on Accelerator.gather counting a TP group once"
+    why = "transformers/data_parallel.py relies on Accelerator.gather counting a TP group once"
     assert_source_has(
         Trainer._get_num_items_in_batch, "self.accelerator.gather(num_items_in_batch.to(device)).sum()", why
     )
-    why = "transformers/tokens.py says 1, as Accelerator.num_processes counts a TP group once"
+    why = "transformers/data_parallel.py says 1, as Accelerator.num_processes counts a TP group once"
     assert_source_has(Trainer.compute_loss, "self.accelerator.num_processes // self.get_tp_size()", why)
     assert inspect.getsource(trainer).count("self.get_tp_size()") == 3, f"a fourth place asks for it; {why}"
-    why = "transformers/tokens.py divides it by the TP degree afterwards"
+    why = "transformers/data_parallel.py divides it by the TP degree afterwards"
     assert_source_has(Trainer.get_total_train_batch_size, "args.world_size // self.get_tp_size()", why)
-    why = "accelerate/collect.py has gather count a TP group once"
+    why = "accelerate/gather.py has gather count a TP group once"
     assert_source_has(Trainer._track_num_input_tokens, "self.accelerator.gather(input_tokens).sum()", why)
 
 
 def test_models_are_loaded_through_what_we_replace():
-    why = "transformers/load.py gives it tensors that have not been read, and cuts what is new afterwards"
+    why = "transformers/sharded_load.py gives it tensors that have not been read, and cuts what is new afterwards"
     theirs = PreTrainedModel.from_pretrained
     for text in (
         "checkpoint_files, sharded_metadata = _get_resolved_checkpoint_files( pretrained_model_name_or_path=",
@@ -172,26 +108,26 @@ def test_models_are_loaded_through_what_we_replace():
 
 
 def test_zero_init_is_chosen_by_what_we_put_to_sleep():
-    why = "transformers/loading.py puts the live ZeRO-3 config to sleep while a model is built"
+    why = "transformers/from_pretrained.py puts the live ZeRO-3 config to sleep while a model is built"
     assert_source_has(PreTrainedModel.get_init_context, "if is_deepspeed_zero3_enabled():", why)
     assert_source_has(PreTrainedModel._from_config, "needs_zero3_init = is_deepspeed_zero3_enabled()", why)
     assert_source_has(trainer_side.is_deepspeed_zero3_enabled, "_hf_deepspeed_config_weak_ref().is_zero3()", why)
 
 
 def test_evaluation_collects_through_our_gather():
-    why = "accelerate/collect.py makes it see each sample once"
+    why = "accelerate/gather.py makes it see each sample once"
     assert_source_has(Trainer.evaluation_loop, "self.gather_function(logits)", why)
     assert_source_has(Trainer.evaluation_loop, "self.gather_function = self.accelerator.gather_for_metrics", why)
 
 
 def test_saving_goes_through_our_state_dict():
-    why = "accelerate/export.py returns the full state dict, and no ValueError"
+    why = "accelerate/gather.py returns the full state dict, and no ValueError"
     assert_source_has(Trainer.save_model, "self.accelerator.get_state_dict(self.deepspeed)", why)
     assert_source_has(Trainer.save_model, "except ValueError:", why)
 
 
 def test_training_calls_tp_model_init_by_the_name_we_replace():
-    why = "transformers/record.py keeps it from recording the degree for the whole process"
+    why = "transformers/deepspeed_config.py keeps it from recording the degree for the whole process"
     assert_source_has(trainer_side.deepspeed_init, "deepspeed.tp_model_init( model=model,", why)
 
 

@@ -14,9 +14,9 @@ CONFIG = {"tensor_parallel": {"autotp_size": 2}}
 def recorded(monkeypatch):
     """What DeepSpeed has recorded, with our patches on; both are put back."""
     monkeypatch.setattr(init_utils, "_TP_MODEL_INIT_ARGS", None)
-    integration.install()
+    integration.ROOM.install()
     yield lambda: init_utils._TP_MODEL_INIT_ARGS
-    integration.uninstall()
+    integration.ROOM.uninstall()
 
 
 def test_what_the_config_says_is_not_recorded(recorded):

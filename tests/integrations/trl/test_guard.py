@@ -11,10 +11,10 @@ import transformers
 
 import tp_plugin
 from tests.support import chat, trl_runs
+from tests.support.guarded import compared
 from tests.support.ranks import errors_on_ranks, on_ranks
-from tests.verify.test_first_step import compared
-from tp_plugin.verify.differences import TRAINERS_LOSS
-from tp_plugin.verify.first_step import guard_of
+from tp_plugin.step_guard.differences import TRAINERS_LOSS
+from tp_plugin.step_guard.guard import guard_of
 
 STEPS = 6
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}

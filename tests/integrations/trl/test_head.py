@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.loss.problems import problem
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
+from tests.support.loss_problems import problem
 from tp_plugin.loss import VocabShard
+from tp_plugin.param_info import update_info
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 HOWS = [
@@ -49,7 +50,7 @@ def shards() -> None:
             whole = [torch.nn.Parameter(x.clone()) for x in (weight, bias)]
             expected, truth = results(*whole, own, how, outputs)
             mine = [torch.nn.Parameter(x[own].clone()) for x in (weight, bias)]
-            mine[0].tp_vocab = vocab
+            update_info(mine[0], vocab=vocab)
             found, grads = results(*mine, None, how, outputs)
             assert [x is None for x in found] == [x is None for x in expected]
             for a, e in zip((*found, *grads), (*expected, *truth), strict=True):
@@ -63,7 +64,7 @@ def gathered() -> bool:
     _, weight, bias, _ = problem(torch.float32)
     whole = [torch.nn.Parameter(x.clone()) for x in (weight, bias)]
     expected, _ = results(*whole, None, {}, OUTPUTS)
-    whole[0].tp_vocab = VocabShard.of_sizes([14, 9], dist.group.WORLD)
+    update_info(whole[0], vocab=VocabShard.of_sizes([14, 9], dist.group.WORLD))
     found, _ = results(*whole, None, {}, OUTPUTS)
     return all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
@@ -74,7 +75,7 @@ def otherwise() -> None:
     _, weight, bias, _ = problem(torch.float32)
     layout = ShardLayout.uneven(tuple(weight.shape), 0, [14, 9])
     shard = torch.nn.Parameter(layout.shard(weight, dist.get_rank()).clone())
-    shard.tp_layout = layout
+    update_info(shard, layout=layout)
     results(shard, torch.nn.Parameter(bias[: shard.shape[0]].clone()), None, {}, OUTPUTS)
 
 
@@ -92,4 +93,4 @@ def test_a_gathered_weight_is_trls_own_affair(found):
 
 
 def test_a_head_that_is_sharded_otherwise_is_refused(found):
-    assert "sharded but not as a vocabulary-parallel one" in sentence(found, "otherwise")
+    assert "needs a vocabulary-parallel head, and this one is sharded otherwise" in sentence(found, "otherwise")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.lazy.heads import Case
-from tests.support.cases import launched, values
+from tests.support.batched_cases import launched, values
+from tests.support.heads import Case
 from tp_plugin.collectives import counted
 
 SIZES = (7, 6)
@@ -59,7 +59,7 @@ def test_log_probabilities_and_accuracy_compute_no_logits():
             assert nbytes == 0
 
 
-def test_entropy_is_right():
+def test_entropy_equals_that_of_plain_logits():
     """Its chunks of rows are computed, as TRL asks for every probability."""
     for worst, nbytes in values(launched(2, __name__, NAMES), "both"):
         assert worst <= 1e-5

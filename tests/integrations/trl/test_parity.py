@@ -39,6 +39,7 @@ CASES: Table = {
         {"kind": "sft", "stage": 2, "packing": True, "max_length": 16},
         {"kind": "sft", "stage": 1, "padding_free": True, "max_length": None},
         {"kind": "sft", "stage": 3, "average_tokens_across_devices": False} | ACCUMULATE,
+        {"kind": "sft", "stage": 0, "form": "tokens", "dataset_kwargs": {"skip_prepare_dataset": True}},
         {"kind": "sft", "stage": 1, "family": "Mixtral", "model": {"output_router_logits": True}},
     ],
     (4, 4): [

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 
 from tests.support import chat, trl_runs
-from tests.support.cases import launched, sentence, values
+from tests.support.batched_cases import launched, sentence, values
 from tests.support.models import make
 
 
@@ -56,6 +56,33 @@ def gkd():
     )
 
 
+def before_its_data_are_prepared():
+    """A model that is not there and data that cannot be read: it is refused before it looks for them."""
+    import trl
+
+    import tp_plugin
+
+    tp_plugin.register()
+    with tempfile.TemporaryDirectory() as folder:
+        args = trl.KTOConfig(folder, deepspeed=trl_runs.deepspeed_config(2, 1), report_to="none", bf16=False)
+        trl.KTOTrainer("there/is-none", None, args, train_dataset=None)
+
+
+def mine_before_my_own_init():
+    """A subclass that is defined after ``register()``, with an ``__init__`` that loads first."""
+    import trl
+
+    import tp_plugin
+
+    class Mine(trl.GRPOTrainer):
+        def __init__(self, args):
+            raise AssertionError("loaded")
+
+    tp_plugin.register()
+    with tempfile.TemporaryDirectory() as folder:
+        Mine(trl.GRPOConfig(folder, deepspeed=trl_runs.deepspeed_config(2, 1), report_to="none", bf16=False))
+
+
 def liger():
     trainer_of("trl.SFTTrainer", "trl.SFTConfig", "text", use_liger_kernel=True)
 
@@ -75,9 +102,11 @@ def unsharded():
 
 
 REFUSED = {
-    "kto": "KTOTrainer was not shown to be right on a sharded model: of TRL's trainers use DPOTrainer, RewardTrainer",
-    "grpo": "GRPOTrainer was not shown to be right",
-    "gkd": "GKDTrainer was not shown to be right",
+    "kto": "KTOTrainer is not validated under tensor parallelism: of TRL's trainers use DPOTrainer, RewardTrainer",
+    "grpo": "GRPOTrainer is not validated",
+    "before_its_data_are_prepared": "KTOTrainer is not validated",
+    "mine_before_my_own_init": "GRPOTrainer is not validated",
+    "gkd": "GKDTrainer is not validated",
     "liger": "use_liger_kernel=True",
     "sync_at_stage_3": "sync_ref_model=True at ZeRO stage 3",
 }

@@ -1,34 +1,19 @@
-"""Accelerate, under our slot: samples counted once, full state dicts, DeepSpeed on CPU, refusals before training.
+"""Accelerate with our slot: samples counted once, full state dicts, DeepSpeed on CPU, refusals before training.
 
-Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1, but
-``randomness``, which asks whether the shape has changed.
+Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1.
+Exceptions: ``rng_state`` asks whether the topology has changed, and the recipes' tripwire is always read.
 """
 
-from tp_plugin.integrations.accelerate import collect, counting, cpu, dispatch, export, mesh, randomness, refuse
-from tp_plugin.integrations.contract import Patches
+from tp_plugin.integrations.features import ACCELERATE, CPU_TRAINING
+from tp_plugin.integrations.room import Room
 
-_PATCHES = Patches()
-_PARTS = (collect, counting, cpu, dispatch, export, mesh, randomness, refuse)
-
-
-def install() -> None:
-    """Lay our patches on accelerate; calling it again does nothing. Raises TensorParallelError if a name has moved."""
-    if _PATCHES:
-        return
-    check_contracts()
-    for part in _PARTS:
-        part.install(_PATCHES)
-
-
-def uninstall() -> None:
-    """Take them off again."""
-    _PATCHES.undo()
-
-
-def check_contracts() -> None:
-    """Every name of accelerate this package touches, checked. Raises TensorParallelError naming what moved."""
-    for part in _PARTS:
-        part.check_contracts()
-
-
-__all__ = ["check_contracts", "install", "uninstall"]
+ROOM = Room(
+    __name__,
+    {
+        "gather": ACCELERATE,
+        "data_parallel": ACCELERATE,
+        "cpu": CPU_TRAINING,
+        "rng_state": ACCELERATE,
+        "unsupported": ACCELERATE,
+    },
+)

@@ -1,4 +1,4 @@
-"""How many ways tensors are sharded in this process, as accelerate knows it."""
+"""The tensor-parallel degree of this process, as accelerate knows it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def tp_size() -> int:
 
 
 def tp_size_of_launch() -> int:
-    """The same before an ``Accelerator`` exists, from the config file that ``accelerate launch`` hands on."""
+    """``tp_size()`` before an ``Accelerator`` exists, from the config file that ``accelerate launch`` hands on."""
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if not uses_deepspeed() or not name:
         return 1
     try:
         return degree_in(json.loads(Path(name).read_text()))
     except (OSError, ValueError):
-        return 1  # not ours to report: accelerate reads the file a moment later
+        return 1  # accelerate reads the file next and reports it
 
 
 def degree_in(config: Any) -> int:
@@ -43,12 +43,12 @@ def degree_in(config: Any) -> int:
 
 
 def uses_deepspeed() -> bool:
-    """Whether this process was started for DeepSpeed (``accelerate launch`` or a ``DeepSpeedPlugin`` says so)."""
+    """Tell if this process was started for DeepSpeed, as ``accelerate launch`` or a ``DeepSpeedPlugin`` says."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def parallel_mesh() -> ParallelMesh:
-    """The groups DeepSpeed's engine uses, made if it has not yet; then a collective call over the world."""
+    """Return the groups of DeepSpeed's engine; if they do not exist yet, a collective call makes them."""
     from deepspeed.utils import groups
 
     groups._init_tp_mesh_device(tp_size())

@@ -1,5 +1,18 @@
-"""DeepSpeed: its AutoTP slot, its gradient norm, its exports, and what does not combine."""
+"""DeepSpeed: its AutoTP slot, its gradient norm, its exports, its checkpoints, and what does not combine."""
 
-from tp_plugin.integrations.deepspeed.slot import check_contracts, install, uninstall
+from tp_plugin.integrations.features import CHECKPOINTS, ENGINE_EXPORT, NORMS, SLOT
+from tp_plugin.integrations.room import Room
 
-__all__ = ["check_contracts", "install", "uninstall"]
+ROOM = Room(
+    __name__,
+    {
+        "slot": SLOT,
+        "config": SLOT,
+        "process_groups": SLOT,
+        "grad_norm": NORMS,
+        "export": ENGINE_EXPORT,
+        "checkpoint.optimizer_fragments": CHECKPOINTS,
+        "checkpoint.engine": CHECKPOINTS,
+        "tp_plugin.integrations.zero3": SLOT,
+    },
+)

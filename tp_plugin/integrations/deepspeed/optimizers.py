@@ -1,7 +1,7 @@
-"""Optimizers that look further than at one element, refused: by name, and by trying their step on parts of a tensor.
+"""Optimizers that are not elementwise, refused: by name, and by trying their step on parts of a tensor.
 
-A rank's optimizer sees shards. One whose step uses norms, means or factors of tensors takes other steps on them than on
-whole tensors, and the copies that ranks hold of one replicated weight drift apart without an error.
+A rank's optimizer sees shards. If its step uses norms, means or factors of tensors, it differs between shards and full
+tensors. Replicas of a weight on different ranks then drift apart without an error.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from tp_plugin import log
 from tp_plugin.errors import TensorParallelError
 
 NOT_ELEMENTWISE = (
@@ -24,20 +24,20 @@ NOT_ELEMENTWISE = (
 """Parts of the names of optimizers that use norms, factors or products of whole matrices, or of all parameters."""
 ONE_BIT = ("onebitadam", "onebitlamb", "zerooneadam")
 OF_A_DEVICE = ("deepspeed", "bitsandbytes", "apex", "transformer_engine")
-"""Libraries whose steps are kernels for one device and are not tried on small CPU tensors; their names are known."""
+"""Libraries whose steps are kernels for one device: not tried on small CPU tensors, checked by name."""
 LR = 1e-2  # a scheduler may have set the real one to 0
 SCALES = (1e-2, 1.0, 30.0, 3.0)
-"""Of the gradients, a step: what is clipped or capped comes into play when they grow."""
+"""Scales of the gradients, a step each: clipping or capping shows when they grow."""
 
-_TRIED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # the check runs before, in and after the engine
+_TRIED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # several checks of one engine try it once
 
 
 def refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
-    """Raise TensorParallelError for an optimizer that is not elementwise, on every rank alike and without a collective.
+    """Raise TensorParallelError on every rank for an optimizer that is not elementwise; no collective call.
 
     Args:
         config: the DeepSpeed config, which may name an optimizer.
-        client: the optimizer made by the caller, wrapped by accelerate or not; a callable or None is passed over.
+        client: the caller's optimizer, wrapped by accelerate or not; a callable or None is skipped.
     """
     names = [str((config.get("optimizer") or {}).get("type", ""))]
     optimizer = getattr(client, "optimizer", client)  # accelerate wraps
@@ -51,8 +51,8 @@ def refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
             )
         if any(kind in plain for kind in NOT_ELEMENTWISE):
             raise TensorParallelError(
-                f"the optimizer {name} looks at whole weight matrices and would see shards of them; use an elementwise "
-                "one (AdamW, Adam, SGD, Lion, Adagrad)."
+                f"the optimizer {name} needs full weight matrices and would get shards; use an elementwise one (AdamW, "
+                "Adam, SGD, Lion, Adagrad)."
             )
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in _TRIED:
         _try(optimizer)
@@ -66,25 +66,41 @@ def _try(optimizer: torch.optim.Optimizer) -> None:
     found = is_elementwise(optimizer)
     if found is False:
         raise TensorParallelError(
-            f"the optimizer {name} takes another step on the parts of a tensor than on the whole, and would see shards "
-            "of weights; use an elementwise one (AdamW, Adam, SGD, Lion, Adagrad)."
+            f"the optimizer {name} is not elementwise: it steps differently on shards of a tensor; use an elementwise "
+            "one (AdamW, Adam, SGD, Lion, Adagrad)."
         )
-    if found is None and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(
-            f"tp_plugin: WARNING: the optimizer {name} could not be tried on a small CPU tensor; if its step uses more "
-            "than one element at a time (a norm, a mean, a factor), it would train wrongly on shards of weights.",
-            flush=True,
+    if found is None:
+        log.warning(
+            f"the optimizer {name} could not be tried on a small CPU tensor. It would train wrongly on shards if its "
+            "step is not elementwise (a norm, a mean, a factor); check that, or use AdamW."
+        )
+
+
+def warn_of_modes(engine: Any) -> None:
+    """Warn that ``train()`` and ``eval()`` of a schedule-free optimizer do not reach a model under ZeRO.
+
+    Such an optimizer switches the weights of its groups to their averages and back. ZeRO's optimizer replaces those
+    weights by master weights and does not forward the two calls. It copies master weights to the model in a step only.
+    """
+    inner = getattr(engine, "basic_optimizer", None)
+    if inner is None or inner is engine.optimizer:
+        return
+    if all(callable(getattr(inner, mode, None)) for mode in ("train", "eval")):
+        log.warning(
+            f"train() and eval() of the optimizer {type(inner).__name__} do not reach the model "
+            f"under ZeRO stage {engine.zero_optimization_stage()}, with or without tensor parallelism. The weights it "
+            "steps are evaluated and saved, not their averages; use ZeRO stage 0 in float32, or another optimizer."
         )
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
-    """Whether a new optimizer like this one moves a tensor as other new ones move its parts, each alone.
+    """Return True if the optimizer's class steps a tensor as it steps the parts of that tensor, each by itself.
 
-    The class is built again with this one's options and groups, of which each has one float32 tensor on the CPU, and
-    steps :data:`SCALES` times; ``optimizer`` itself is not touched.
+    New optimizers of the class get this one's options and groups, each group with one float32 tensor on the CPU. They
+    step :data:`SCALES` times; ``optimizer`` itself is not touched.
 
     Returns:
-        None when that cannot be told: the class cannot be built or stepped so, or draws random numbers.
+        None if undecided: the class cannot be built or stepped this way, or it draws random numbers.
     """
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(16, 32, generator=draw) * _by_block(1.0, 0.3, 3.0, 0.1)
@@ -96,7 +112,7 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
             blocks = [
                 _moved(optimizer, part, of) for part, *of in zip(_blocks(start), *map(_blocks, gradients), strict=True)
             ]
-    except Exception:  # whatever a class of somebody else's says to such an input
+    except Exception:  # a user's class may raise any error on such an input
         return None
     if not all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(whole, again, strict=True)):
         return None
@@ -108,7 +124,7 @@ def is_elementwise(optimizer: torch.optim.Optimizer) -> bool | None:
 
 
 def _moved(optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What a new optimizer makes of ``start``, a tensor for each of its groups."""
+    """Step a new optimizer on a copy of ``start`` in each group; return the tensors after."""
     parameters = [torch.nn.Parameter(start.clone()) for _ in optimizer.param_groups]
     groups = [
         {key: _option(key, value) for key, value in group.items() if key not in ("params", "param_names")}
@@ -116,7 +132,7 @@ def _moved(optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: lis
         for group, parameter in zip(optimizer.param_groups, parameters, strict=True)
     ]
     new: Any = type(optimizer)(groups, **_arguments(optimizer))
-    if hasattr(new, "train"):  # those without a schedule step in this mode alone
+    if hasattr(new, "train"):  # schedule-free ones step in this mode only
         new.train()
     for gradient in gradients:
         for parameter in parameters:
@@ -126,7 +142,7 @@ def _moved(optimizer: torch.optim.Optimizer, start: torch.Tensor, gradients: lis
 
 
 def _arguments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The constructor's arguments, as far as the optimizer still knows them under their names."""
+    """Those of the constructor's arguments that the optimizer keeps under their names."""
     known = vars(optimizer) | optimizer.defaults | optimizer.param_groups[0]
     names = list(inspect.signature(type(optimizer)).parameters)[1:]
     return {name: _option(name, known[name]) for name in names if name in known}
@@ -135,16 +151,16 @@ def _arguments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def _option(key: str, value: Any) -> Any:
     if key in ("lr", "initial_lr") and isinstance(value, int | float | torch.Tensor):
         return LR
-    if key == "capturable":  # of CUDA graphs: it changes no result, and CPU tensors are refused with it
+    if key == "capturable":  # for CUDA graphs: it changes no result, and CPU tensors are refused with it
         return False
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Its quarters: halves of the rows and of the columns, so that what is done by row or by column shows too."""
+    """Split into quarters, by rows and by columns, so that a step by row or by column shows too."""
     return [part.contiguous() for half in tensor.chunk(2) for part in half.chunk(2, dim=1)]
 
 
 def _by_block(*factors: float) -> torch.Tensor:
-    """Norms, means and ratios of the quarters must differ."""
+    """Factors of the quarters, so that their norms, means and ratios differ."""
     return torch.tensor(factors).reshape(2, 2).repeat_interleave(8, 0).repeat_interleave(16, 1)

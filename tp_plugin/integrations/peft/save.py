@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,24 @@ from typing import Any
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import Trainer
 
-from tp_plugin.errors import TensorParallelError, agree, meet
-from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.transformers.export import Written, collects_nothing, from_first, nothing_here
+from tp_plugin.errors import TensorParallelError, agree, failing_together, meet
+from tp_plugin.integrations.features import SAVED_ADAPTERS
+from tp_plugin.integrations.transformers.export import from_first, nothing_here
+from tp_plugin.integrations.transformers.trainer_save import Written, at_hand, placed, register_writer
+from tp_plugin.integrations.upstream import Upstream
+from tp_plugin.partitioned import has_partitioned
 from tp_plugin.sharding import state_of
 from tp_plugin.weights.gather import gathered, refuse_shards, unwrapped
 from tp_plugin.weights.staging import Staging
 from tp_plugin.weights.stream import persistent
 
-
-def check_contracts() -> None:
-    """See :func:`tp_plugin.integrations.peft.check_contracts`."""
-    contract(PeftModel, "save_pretrained", ["save_directory"], "adapters are saved with full shapes")
-    contract(PeftModel, "get_prompt_embedding_to_save", ["adapter_name"], "a prompt is computed on every rank")
-    contract(Trainer, "save_model", ["output_dir", "_internal_call"], "adapters alone are gathered for it")
-
-
-def install(patches: Patches) -> None:
-    """Lay the patches; models that are not sharded are saved as ever."""
-    patches.replace(PeftModel, "save_pretrained", _save_pretrained_method)
-    patches.replace(Trainer, "save_model", _save_model_method)
+upstream = Upstream(SAVED_ADAPTERS)
+upstream.needs(PeftModel, "get_prompt_embedding_to_save", ["adapter_name"], "a prompt is computed on every rank")
 
 
 def save_adapters(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
-    """Write the adapters of a ``PeftModel`` as PEFT does, for one process to load. A collective call.
+    """Write the adapters of a ``PeftModel`` in PEFT's format, with full shapes. A collective call.
 
     Args:
         model_or_engine: the sharded ``PeftModel``, or an engine around it.
@@ -55,11 +48,11 @@ def save_adapters(model_or_engine: nn.Module | Any, directory: str | Path, **opt
     first = not dist.is_initialized() or dist.get_rank() == 0
     everything, names = persistent(model), list[str]()
     error: str | None = None
-    with _prompts_held(model, options):
+    with _prompts_of_every_rank(model, options):
         if first:
             try:
                 names = _saved(model, everything, options)
-            except Exception as failure:  # whatever it was, every rank must learn of it
+            except Exception as failure:  # any exception must reach every rank
                 error = f"saving the adapters failed: {type(failure).__name__}: {failure}"
         names, error = from_first((names, error))
         agree(error)
@@ -82,15 +75,15 @@ def _write(model: Any, directory: Path, state: dict[str, Any], options: dict[str
 
 
 @contextlib.contextmanager
-def _prompts_held(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Prompts are computed on every rank, which ZeRO-3 asks for; while open, PEFT on one rank takes those."""
+def _prompts_of_every_rank(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Compute prompts on every rank, as ZeRO-3 needs; while open, PEFT on one rank uses them."""
     configs = model.peft_config
     chosen = [name for name in options.get("selected_adapters") or configs if name in configs]
     prompts = {}
     for name in chosen:
         if not configs[name].is_prompt_learning:
             continue
-        if configs[name].inference_mode and any(hasattr(p, "ds_id") for p in model.prompt_encoder[name].parameters()):
+        if configs[name].inference_mode and has_partitioned(model.prompt_encoder[name]):
             raise TensorParallelError(
                 f"the prompt of adapter {name!r} is loaded for inference and partitioned by ZeRO-3, where PEFT cannot "
                 "save it; load it with is_trainable=True."
@@ -107,7 +100,7 @@ def _prompts_held(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _saved(model: Any, everything: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
-    """Names of what in the model PEFT would write; it may ask the Hub for that, which ranks could hear differently."""
+    """Return the names that PEFT would write. PEFT may ask the Hub, whose answers could differ between ranks."""
     asked = {name: options[name] for name in ("save_embedding_layers",) if name in options}
     taken: set[int] = set()
     for adapter in options.get("selected_adapters") or list(model.peft_config):
@@ -116,45 +109,49 @@ def _saved(model: Any, everything: Mapping[str, Any], options: Mapping[str, Any]
     return [name for name, tensor in everything.items() if id(tensor) in taken]
 
 
-def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
-        state = options.get("state_dict")
-        if isinstance(state, Written):
+@upstream.patch(PeftModel, "save_pretrained", ["save_directory"], "adapters are saved with full shapes")
+def _save_pretrained(
+    original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **options: Any
+) -> None:
+    state = options.get("state_dict")
+    if isinstance(state, Written):
+        return
+    if state is None and (state := at_hand(self)) is not None:
+        options["state_dict"] = state
+    if state_of(self) is None:
+        original(self, save_directory, *args, **options)
+    elif state is not None:
+        if nothing_here(state, options.get("is_main_process", True)):
             return
-        if state_of(self) is None:
-            original(self, save_directory, *args, **options)
-        elif state is not None:
-            if nothing_here(state, options.get("is_main_process", True)):
-                return
-            refuse_shards(self, state)
-            original(self, save_directory, *args, **options)
-        elif (
-            args
-            or options.get("path_initial_model_for_weight_conversion")
-            or not options.pop("safe_serialization", True)
-        ):
-            raise TensorParallelError(
-                "save_pretrained of a sharded PeftModel writes safetensors and takes its options by name, and "
-                "path_initial_model_for_weight_conversion not at all; convert the adapter after it is saved."
-            )
-        else:
-            save_adapters(self, save_directory, **options)
-
-    return save_pretrained
+        refuse_shards(self, state, self.peft_config)
+        original(self, save_directory, *args, **options)
+    elif args or options.get("path_initial_model_for_weight_conversion") or not options.pop("safe_serialization", True):
+        raise TensorParallelError(
+            "save_pretrained of a sharded PeftModel writes safetensors and takes its options by name, without "
+            "path_initial_model_for_weight_conversion; convert the adapter after it is saved."
+        )
+    else:
+        save_adapters(self, save_directory, **options)
 
 
-def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Trainer would gather the full model on rank 0 to write its adapters."""
+@upstream.patch(PeftModel, "push_to_hub", ["repo_id"], "every rank would upload an adapter")
+def _push_to_hub(original: Callable[..., Any], self: PeftModel, repo_id: str, **options: Any) -> Any:
+    """Save by all ranks together; rank 0 uploads as PEFT does."""
+    if state_of(self) is None:
+        return original(self, repo_id, **options)
+    with contextlib.ExitStack() as stack:
+        with failing_together():
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+        save_adapters(self, directory)  # rank 0's is used
 
-    @functools.wraps(original)
-    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        model = unwrapped(self.model)
-        if state_of(model) is None or not isinstance(model, PeftModel):
-            original(self, output_dir, _internal_call)
-            return
-        save_adapters(self.model_wrapped, output_dir or self.args.output_dir or ".")
-        with collects_nothing(self):
-            original(self, output_dir, _internal_call)
+        def copied(target: str, **_options: Any) -> None:
+            shutil.copytree(directory, target, dirs_exist_ok=True)
 
-    return save_model
+        with failing_together():
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                stack.enter_context(placed(self, "save_pretrained", copied))
+                return original(self, repo_id, **options)
+    return f"https://huggingface.co/{repo_id}"
+
+
+register_writer(PeftModel, save_adapters)  # Trainer would gather the full model on rank 0

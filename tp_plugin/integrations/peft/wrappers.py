@@ -1,4 +1,4 @@
-"""What PEFT puts around modules: found, taken out for a while, put back."""
+"""PEFT's wrappers around modules: found, taken out for a while, put back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from tp_plugin.sharding.adapters import Twins
+from tp_plugin.sharding.adapters import TrainedCopies
 
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def bare_of(model: nn.Module) -> nn.Module | None:
-    """The transformers model inside a ``PeftModel``, or ``model`` itself with adapters of ``add_adapter`` in it.
+    """Return the model inside a ``PeftModel``, or ``model`` itself with adapters by ``add_adapter``.
 
-    None where there is no adapter, and for other modules around a ``PeftModel``.
+    None without an adapter, and for other modules around a ``PeftModel``.
     """
     if isinstance(model, PeftModel):
         return model.get_base_model()
@@ -27,7 +27,7 @@ def bare_of(model: nn.Module) -> nn.Module | None:
 
 
 def wrappers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """(parent, name in the parent, full name, wrapper) of the outermost wrappers, under every name they have."""
+    """Yield (parent, name in the parent, full name, wrapper) of the outermost wrappers, once for each name."""
     for leaf, child in module._modules.items():
         name = f"{prefix}{leaf}"
         if isinstance(child, WRAPPERS):
@@ -37,14 +37,14 @@ def wrappers_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module
 
 
 def wrapped(wrapper: Any) -> nn.Module:
-    """The module that ``wrapper``, or wrappers in it, stand before."""
+    """Return the module inside ``wrapper``, and inside wrappers in it."""
     if isinstance(wrapper, AuxiliaryTrainingWrapper):
         return wrapper.original_module
     return wrapper.get_base_layer()
 
 
 def tuners_of(bare: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(full name of the module it adapts, layer with adapters); several where they are nested."""
+    """Yield (full name of the adapted module, layer with adapters); several where they are nested."""
     for _, _, name, wrapper in wrappers_of(bare):
         layer: Any = wrapper
         while isinstance(layer, BaseTunerLayer):
@@ -52,21 +52,21 @@ def tuners_of(bare: nn.Module) -> Iterator[tuple[str, Any]]:
             layer = layer._modules.get("base_layer")  # type: ignore[attr-defined]
 
 
-def twins_of(bare: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(full name, copy) of every module that ``modules_to_save`` trains a copy of."""
+def copies_of(bare: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (full name, copy) of every module that ``modules_to_save`` trains a copy of."""
     found = [(name, wrapper) for _, _, name, wrapper in wrappers_of(bare) if isinstance(wrapper, ModulesToSaveWrapper)]
-    return [(name, twin) for name, wrapper in found for twin in wrapper.modules_to_save.values()]
+    return [(name, copy) for name, wrapper in found for copy in wrapper.modules_to_save.values()]
 
 
 @contextlib.contextmanager
-def taken_out(bare: nn.Module) -> Iterator[Twins]:
-    """While open, the modules stand where their wrappers stood."""
+def taken_out(bare: nn.Module) -> Iterator[TrainedCopies]:
+    """While open, the modules are in place of their wrappers."""
     places = list(wrappers_of(bare))
-    twins = twins_of(bare)
+    copies = copies_of(bare)
     for parent, leaf, _, wrapper in places:
         parent._modules[leaf] = wrapped(wrapper)
     try:
-        yield twins
+        yield copies
     finally:
         for parent, leaf, _, wrapper in places:
             parent._modules[leaf] = wrapper

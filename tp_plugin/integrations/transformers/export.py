@@ -1,6 +1,6 @@
 """``save_pretrained`` of a sharded model: an ordinary HF directory, streamed.
 
-transformers itself says, on rank 0, what belongs into it (:mod:`.files`); then all ranks stream the weights.
+On rank 0 transformers itself decides which files belong in it (:mod:`.save_plan`); then all ranks stream the weights.
 """
 
 from __future__ import annotations
@@ -9,42 +9,33 @@ import contextlib
 import functools
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel, Trainer, core_model_loading
+from transformers import PreTrainedModel, core_model_loading
 from transformers.utils import hub
 
-from tp_plugin.errors import TensorParallelError, agree, meet
-from tp_plugin.integrations.contract import Patches, contract
-from tp_plugin.integrations.transformers.files import Files, files_of
+from tp_plugin.errors import TensorParallelError, agree, failing_together, meet
+from tp_plugin.integrations.features import SAVING
+from tp_plugin.integrations.transformers.save_plan import Files, files_of
+from tp_plugin.integrations.transformers.trainer_save import Written, at_hand, register_writer
+from tp_plugin.integrations.upstream import Upstream
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.sharding import state_of
-from tp_plugin.weights.gather import mesh_of, refuse_shards, unwrapped
+from tp_plugin.weights.gather import between_steps, mesh_of, refuse_shards, unwrapped
 from tp_plugin.weights.safetensors_file import SafetensorsFile
 from tp_plugin.weights.staging import Staging
-from tp_plugin.weights.stream import Output, between_steps, persistent, stream
+from tp_plugin.weights.stream import Output, persistent, stream
 
-
-class Written(dict):
-    """Stands for a state dict whose tensors are in the directory already."""
-
-
-def check_contracts() -> None:
-    why = "a sharded model's save_pretrained is streamed through it"
-    contract(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], why)
-    contract(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], why)
-    contract(Trainer, "save_model", ["output_dir", "_internal_call"], why)
-    contract(hub, "create_and_tag_model_card", ["repo_id", "tags"], "push_to_hub makes its model card")
-
-
-def install(patches: Patches) -> None:
-    patches.replace(PreTrainedModel, "save_pretrained", _save_pretrained_method)
-    patches.replace(Trainer, "save_model", _save_model_method)
+upstream = Upstream(SAVING)
+_STREAMED = "a sharded model's save_pretrained is streamed through it"
+upstream.needs(core_model_loading, "revert_weight_conversion", ["model", "state_dict"], _STREAMED)
+upstream.needs(hub, "create_and_tag_model_card", ["repo_id", "tags"], "push_to_hub makes its model card")
 
 
 def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any) -> None:
@@ -61,12 +52,12 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
     staging, files, folder = Staging(directory), Files(), directory
     error: str | None = None
     written: list[str] = []
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if first:
             try:
-                folder = held.enter_context(staging).path
+                folder = stack.enter_context(staging).path
                 files = files_of(model, folder, options)
-            except Exception as failure:  # whatever it was, every rank must learn of it
+            except Exception as failure:  # any exception must reach every rank
                 error = _sentence(directory, failure)
         agree(error)
         folder, files = from_first((folder, files))
@@ -78,7 +69,7 @@ def save(model_or_engine: nn.Module | Any, directory: str | Path, **options: Any
                 error = _sentence(directory, failure)
         agree(error)
     if dist.is_initialized():
-        dist.barrier()  # nobody sees the directory before it is tidy
+        dist.barrier()  # no rank returns before the directory is complete
     if push.get("push_to_hub"):
         if first:
             try:
@@ -97,7 +88,7 @@ def _sentence(directory: Path, failure: Exception) -> str:
 
 
 def from_first(value: Any) -> Any:
-    """Global rank 0's value, on every rank; a collective call."""
+    """Return global rank 0's value on every rank; a collective call."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -109,7 +100,7 @@ def from_first(value: Any) -> Any:
 
 
 def _written(engine: Any, model: Any, staging: Path, files: Files) -> str | None:
-    """Stream every file into ``staging``; this rank's error, if it had one."""
+    """Stream every file into ``staging``. Returns this rank's error, or None."""
     mesh, tensors, error = mesh_of(model), persistent(model), None
     writers = _writers(mesh, staging)
     with between_steps(engine):
@@ -132,13 +123,13 @@ def _written(engine: Any, model: Any, staging: Path, files: Files) -> str | None
                 stream(tensors, outputs, mesh, replica=replica, writer=writer, sink=sink, compute=compute)
                 if file is not None:
                     file.close()
-            except Exception as failure:  # the other ranks hear of it when all files are through
+            except Exception as failure:  # shared with the other ranks after all files
                 error = _sentence(staging.parent, failure)
     return error
 
 
 def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
-    """(replica, TP rank) of every rank that sees the directory, neighbours in different replicas."""
+    """Return (replica, TP rank) of every rank that sees the directory, neighbours in different replicas."""
     if not dist.is_initialized():
         return [(0, 0)]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -147,9 +138,9 @@ def _writers(mesh: ParallelMesh, staging: Path) -> list[tuple[int, int]]:
 
 
 def replace_model(staging: Staging, weights: set[str], variant: str | None = None) -> list[str]:
-    """:meth:`Staging.move_in`, with which the weights of a model that was there go.
+    """Move the files in by :meth:`Staging.move_in`, and delete the weights of a model that was there.
 
-    Where a model has adapters of transformers' ``add_adapter`` only those were written, and a model there stays.
+    Of a model with adapters by transformers' ``add_adapter`` only those were written, and a model there stays.
     """
     stale: set[Path] = set()
     if (staging.path / "config.json").is_file():
@@ -161,7 +152,7 @@ def replace_model(staging: Staging, weights: set[str], variant: str | None = Non
 
 
 def _push(model: Any, directory: Path, files: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Upload what was written, and a model card, as transformers' own ``push_to_hub=True`` does."""
+    """Upload ``files`` and a model card, as transformers' own ``push_to_hub=True`` does."""
     from huggingface_hub import HfApi
 
     token, tags = options.get("token"), options.get("tags") or []
@@ -182,70 +173,57 @@ def _push(model: Any, directory: Path, files: Sequence[str], options: Mapping[st
     )
 
 
-# ---- whoever saves --------------------------------------------------------------------------------------------------
+# ---- the model's own methods ----------------------------------------------------------------------------------------
 
 
-def _save_pretrained_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        *args: Any,
-        **options: Any,
-    ) -> None:
-        if isinstance(state_dict, Written):
+@upstream.patch(PreTrainedModel, "save_pretrained", ["save_directory", "is_main_process", "state_dict"], _STREAMED)
+def _save_pretrained(
+    original: Callable[..., Any],
+    self: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict | None = None,
+    *args: Any,
+    **options: Any,
+) -> None:
+    if isinstance(state_dict, Written):
+        return
+    if state_dict is None:
+        state_dict = at_hand(self)
+    if state_of(self) is None:
+        original(self, save_directory, is_main_process, state_dict, *args, **options)
+    elif state_dict is not None:
+        if nothing_here(state_dict, is_main_process):
             return
-        if state_of(self) is None:
-            original(self, save_directory, is_main_process, state_dict, *args, **options)
-        elif state_dict is not None:
-            if nothing_here(state_dict, is_main_process):
-                return
-            refuse_shards(self, state_dict)
-            original(self, save_directory, is_main_process, state_dict, *args, **options)
-        elif args:
-            raise TensorParallelError(
-                "save_pretrained of a sharded model takes directory, is_main_process and state_dict by position; give "
-                "its other options by name."
-            )
-        else:
-            save(self, os.fspath(save_directory), **options)
-
-    return method
+        refuse_shards(self, state_dict, getattr(self, "peft_config", None) or ())
+        original(self, save_directory, is_main_process, state_dict, *args, **options)
+    elif args:
+        raise TensorParallelError(
+            "save_pretrained of a sharded model takes directory, is_main_process and state_dict by position; give "
+            "its other options by name."
+        )
+    else:
+        save(self, os.fspath(save_directory), **options)
 
 
 def nothing_here(state: Mapping[str, Any], main: bool) -> bool:
-    """Whether this is what a rank that does not save holds of a full state dict."""
+    """Tell if ``state`` is the empty state dict of a rank that does not save."""
     return not state and (not main or (dist.is_initialized() and dist.get_rank() != 0))
 
 
-def _save_model_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Trainer would gather the full model on rank 0; it is streamed, and Trainer writes what else there is."""
+@upstream.patch(PreTrainedModel, "push_to_hub", ["repo_id"], "every rank would upload a model")
+def _push_to_hub(original: Callable[..., Any], self: PreTrainedModel, repo_id: str, **options: Any) -> Any:
+    """Save by all ranks together and upload once; transformers would do both on every rank.
 
-    @functools.wraps(original)
-    def save_model(self: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        model = unwrapped(self.model)
-        if state_of(model) is None or not isinstance(model, PreTrainedModel):
-            original(self, output_dir, _internal_call)
-            return
-        save(self.model_wrapped, output_dir or self.args.output_dir or ".")
-        with collects_nothing(self):
-            original(self, output_dir, _internal_call)
-
-    return save_model
+    (Trainer's ``push_to_hub`` uploads what ``save_model`` wrote.)
+    """
+    if state_of(self) is None:
+        return original(self, repo_id, **options)
+    with contextlib.ExitStack() as stack:
+        with failing_together():
+            directory = stack.enter_context(tempfile.TemporaryDirectory())  # rank 0's is used
+        save(self, directory, push_to_hub=True, repo_id=repo_id, **options)
+    return f"https://huggingface.co/{repo_id}"
 
 
-@contextlib.contextmanager
-def collects_nothing(trainer: Trainer) -> Iterator[None]:
-    """Whatever Trainer asks for a full state dict has one that is written already; PEFT at ZeRO-3 asks the engine."""
-    places = [(trainer.accelerator, "get_state_dict")]
-    if trainer.deepspeed is not None:
-        places.append((trainer.deepspeed, "_zero3_consolidated_16bit_state_dict"))
-    for place, name in places:
-        setattr(place, name, lambda *_args, **_kwargs: Written())
-    try:
-        yield
-    finally:
-        for place, name in places:
-            delattr(place, name)
+register_writer(PreTrainedModel, save)

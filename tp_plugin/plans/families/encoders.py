@@ -11,7 +11,7 @@ from tp_plugin.plans.registry import register_family
 
 @register_family("bert", "roberta", "xlm-roberta", "camembert", "electra")
 def bert(_model: nn.Module) -> tuple[Rule, ...]:
-    """Query, key and value lie in one module and their row in the next; likewise the two layers of the MLP."""
+    """Query, key and value are in one module and their row in the next; likewise the two layers of the MLP."""
     rules: tuple[Rule, ...] = ()
     local = (("num_attention_heads", p.QUERY_HEADS), ("all_head_size", p.QUERY_WIDTH))
     for attention in ("attention", "crossattention"):
@@ -33,7 +33,7 @@ def bert(_model: nn.Module) -> tuple[Rule, ...]:
 
 @register_family("mobilebert")
 def mobilebert(_model: nn.Module) -> tuple[Rule, ...]:
-    """BERT's regions and small MLPs in a row. Its head multiplies with the embedding's weight by hand: kept whole."""
+    """BERT's regions and several small MLPs. Its head multiplies with the embedding's weight: both are replicated."""
     local = (("num_attention_heads", p.QUERY_HEADS), ("all_head_size", p.QUERY_WIDTH))
     return (
         Rule("**.attention.self.query", p.COLUMN, up=2, local=local),
@@ -102,7 +102,7 @@ def t5(model: nn.Module) -> tuple[Rule, ...]:
 
 @register_family("bart", "whisper")
 def bart(model: nn.Module) -> tuple[Rule, ...]:
-    """Attention of encoder, decoder and between them; the MLP lies in the layer itself, beside the norms."""
+    """Attention of encoder, decoder and between them; the layer itself has the MLP's linear layers."""
     rules: tuple[Rule, ...] = ()
     for attention in ("self_attn", "encoder_attn"):
         optional = attention == "encoder_attn"

@@ -1,8 +1,8 @@
-"""What HF's plans leave open in mixtures of experts and latent attentions: rules that go before them.
+"""Rules of mixtures of experts and latent attentions that complete HF's plans, and go before them.
 
-HF's plans shard the fused experts (style ``moe_tp_experts``) and mostly the shared experts. They say nothing of the
-latent projections beside the columns, nothing of which blocks add up partial results, and some leave out the attention
-or the shared experts, or join an attention's queries and keys for a norm that needs their mean square only.
+HF's plans shard the fused experts (style ``moe_tp_experts``) and mostly the shared experts. They have no entries for
+the latent projections beside the columns, nor for the blocks that add up partial results. Some lack the attention or
+the shared experts. Some gather an attention's queries and keys for a norm that needs their mean square only.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ MOE_FAMILIES: dict[str, Rules] = {
     "nllb-moe": _in_layers("self_attn", q_proj=p.COLUMN, k_proj=p.COLUMN, v_proj=p.COLUMN, out_proj=p.ROW)
     + _in_layers("cross_attention", q_proj=p.COLUMN, k_proj=p.COLUMN, v_proj=p.COLUMN, out_proj=p.ROW)
     + _in_layers("ffn", fc1=p.COLUMN, fc2=p.ROW)
-    + _in_layers("ffn.experts.*", fc1=p.COLUMN, fc2=p.ROW),  # whole modules: each is a region of its own
+    + _in_layers("ffn.experts.*", fc1=p.COLUMN, fc2=p.ROW),  # modules of their own: each is a region
     "olmoe": ATTENTION + WIDE_NORMS,
     "phimoe": ATTENTION,
     "qwen2_moe": GATED_SHARED_EXPERT,

@@ -1,0 +1,66 @@
+"""Options that are wrong on a sharded model, refused on every rank when a Trainer is made.
+
+They are those of ``TrainingArguments`` and of the DeepSpeed config. The engine refuses what only it knows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer, trainer
+
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.integrations.accelerate.degree import degree_in, tp_size
+from tp_plugin.integrations.deepspeed.unsupported import refuse_config
+from tp_plugin.integrations.features import TRAINER
+from tp_plugin.integrations.upstream import Upstream
+
+upstream = Upstream(TRAINER)
+
+LIGER = (
+    "use_liger_kernel=True replaces forwards of layers that tensor parallelism shards; leave it off (the loss of a "
+    "sharded head is fused already)."
+)
+FINDING = (
+    "auto_find_batch_size=True lets a rank that runs out of memory retry alone while its tensor-parallel group waits; "
+    "give a batch size that fits."
+)
+
+
+def refuse_arguments(args: Any) -> None:
+    """Raise TensorParallelError on every rank for options in a run's ``TrainingArguments``."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None or degree_in(plugin.deepspeed_config) == 1:
+        return
+    for option, why in (("use_liger_kernel", LIGER), ("auto_find_batch_size", FINDING)):
+        if getattr(args, option, False):
+            raise TensorParallelError(why)
+    refuse_config(plugin.deepspeed_config, degree_in(plugin.deepspeed_config))
+
+
+@upstream.patch(Trainer, "__init__", ["model", "args"], "options are refused there")
+def _init(
+    original: Callable[..., None], self: Trainer, model: Any = None, args: Any = None, *more: Any, **options: Any
+) -> None:
+    refuse_arguments(args)
+    original(self, model, args, *more, **options)
+
+
+@upstream.patch(trainer, "apply_liger_kernel", ["model", "kernel_config"], "it is refused there")
+def _apply_liger_kernel(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if tp_size() > 1:
+        raise TensorParallelError(LIGER)
+    return original(*args, **kwargs)
+
+
+_SIZES = ["function", "starting_batch_size", "auto_find_batch_size"]
+
+
+@upstream.patch(trainer, "find_executable_batch_size", _SIZES, "auto_find_batch_size is refused there")
+def _find_executable_batch_size(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    if tp_size() > 1 and given.get("auto_find_batch_size"):
+        raise TensorParallelError(FINDING)
+    return original(*args, **kwargs)

@@ -1,1 +1,0 @@
-"""Proof: a scaled-down copy of a model, run sharded and unsharded, and compared."""
