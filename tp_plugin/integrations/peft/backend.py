@@ -39,8 +39,8 @@ experts.needs("peft.tuners.lora.layer", "ParamWrapper", None, _SHARDED)
 
 @experts.also
 def _check_order() -> None:
-    made = getattr(getattr(lora.layer, "ParamWrapper", None), "__init__", None)
-    if made is not None and "_did_swap_in_out_features" not in made.__code__.co_names:
+    wrapper = getattr(lora.layer, "ParamWrapper", None)
+    if wrapper is not None and "_did_swap_in_out_features" not in wrapper.__init__.__code__.co_names:
         raise NameMoved("peft.tuners.lora.layer.ParamWrapper does not say in which order it holds sizes of experts")
 
 
