@@ -16,6 +16,7 @@ from tests.support.trainer_cases import CASES, TP, train
 
 HALF = [name for name, case in CASES.items() if case.arguments.get("bf16")]
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+LIMIT = 1e-4
 
 
 def train_all(world: int | None) -> dict[str, dict[str, Any] | str]:
@@ -41,7 +42,10 @@ def plain() -> dict:
 
 
 def differences(expected: Any, found: Any, where: str = "") -> list[str]:
-    """Where two reports are not the same: numbers by 2e-5 of them, rates, whose clocks are rounded, by 3e-2."""
+    """Where two reports are not the same: numbers by 2e-5 of them, rates, whose clocks are rounded, by 3e-2.
+
+    Arrays are compared by their norms: Adam makes much of a gradient near zero, whose rounding depends on the CPU.
+    """
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = sorted(expected.keys() | found.keys())
         return [d for key in keys for d in differences(expected.get(key), found.get(key), f"{where}.{key}")]
@@ -49,8 +53,9 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
         pairs = enumerate(zip(expected, found, strict=True))
         return [d for index, (one, other) in pairs for d in differences(one, other, f"{where}[{index}]")]
     if isinstance(expected, np.ndarray | torch.Tensor) and np.shape(expected) == np.shape(found):
-        error = np.abs(np.asarray(expected, np.float64) - np.asarray(found, np.float64)).max()
-        return [] if error <= 1e-4 else [f"{where}: differs by {error:.1e}"]
+        one, other = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+        error = np.linalg.norm(one - other) / (np.linalg.norm(one) or 1.0)
+        return [] if error <= LIMIT else [f"{where}: differs by {error:.1e} of its norm"]
     if isinstance(expected, float | int) and isinstance(found, float | int):
         limit = 3e-2 if where.endswith("_per_second") else 2e-5
         return (
@@ -91,24 +96,32 @@ def test_the_cases_show_what_they_are_for():
 # ---- half precision --------------------------------------------------------------------------------------------------
 
 
-def curves(tp: int, exact: bool) -> dict[str, torch.Tensor]:
-    """Losses and norms [model and step, 2] of several models: how roundings fall out is chance."""
-    return {name: torch.cat([curve(train(name, tp, exact, seed)) for seed in range(4)]) for name in HALF}
-
-
-def curve(found: dict) -> torch.Tensor:
-    return torch.tensor([[entry["loss"], entry["grad_norm"]] for entry in found["log"] if "loss" in entry])
-
-
 @functools.cache
-def curves_of(tp: int, exact: bool) -> dict[str, torch.Tensor]:
-    return on_ranks(tp, curves, tp, exact, env=DEEPSPEED, group=True)[0]
+def half(tp: int, exact: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses and norms of each step, and weights after the last, of each case: four models one after another."""
+    return on_ranks(tp, train_half, tp, exact, env=DEEPSPEED, group=True)[0]
+
+
+def train_half(tp: int, exact: bool) -> dict[str, dict[str, torch.Tensor]]:
+    found = {}
+    for name in HALF:
+        runs = [train(name, tp, exact, seed) for seed in range(4)]
+        steps = [entry for run in runs for entry in run["log"] if "loss" in entry]
+        found[name] = {key: torch.tensor([entry[key] for entry in steps]) for key in ("loss", "grad_norm")}
+        found[name]["weights"] = torch.cat(
+            [torch.empty(0), *(w.flatten() for run in runs for _, w in sorted(run["weights"].items()))]  # rank 0 has them
+        )
+    return found
 
 
 @pytest.mark.parametrize("name", HALF)
 def test_bf16_errs_no_more_than_one_process(name):
-    """|ours - single precision| <= 2 |one unsharded process in bf16 - single precision|, losses and norms each."""
-    exact, plainly, ours = (curves_of(*how)[name] for how in ((1, True), (1, False), (TP, False)))
-    errors, allowed = (ours - exact).norm(dim=0), 2 * (plainly - exact).norm(dim=0)
-    assert (allowed > 1e-3).all(), "nothing was rounded: not bf16"
-    assert (errors <= allowed).all(), f"{errors} above {allowed}"
+    """|ours - single precision| <= factor |one unsharded process in bf16 - single precision|.
+
+    The factor is 1.25 for the thousands of weights, 3 for the eight losses and norms: how they are rounded is chance.
+    """
+    exact, plainly, ours = (half(*how)[name] for how in ((1, True), (1, False), (TP, False)))
+    for key, factor in (("weights", 1.25), ("loss", 3), ("grad_norm", 3)):
+        error, usual = ((one[key] - exact[key]).norm() for one in (ours, plainly))
+        assert usual > 3e-4, "nothing was rounded: not bf16"
+        assert error <= factor * usual, f"{key}: {error:.2e} above {factor} times {usual:.2e}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.support.ranks import on_ranks
-from tests.support.train import compare
+from tests.support.train import compare, share_truths
 
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "grad": 1e-4, "update": 1e-4, "replicas": 0.0}
 """Largest relative errors against one process; of ``replicas`` absolute."""
@@ -42,6 +42,7 @@ class Matrix:
 
 def run_cases(tp: int, cases: list[dict]) -> list[dict[str, float] | str]:
     """One rank's share of every case; an exception ends its case only."""
+    share_truths(tp, cases)
     results: list[dict[str, float] | str] = []
     for case in cases:
         try:

@@ -16,7 +16,7 @@ from tp_plugin.weights.fragments import Fragments
 from tp_plugin.weights.manifest import WEIGHT, Manifest
 
 ROWS, MICRO = 8, 4
-BEFORE, AFTER = (0, 1), (2, 3, 4, 5, 6)
+BEFORE, AFTER = (0, 1), (2, 3, 4)
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 2}}  # changes at step 2
@@ -88,7 +88,7 @@ def train(engine: Any, tp: int, steps: tuple[int, ...], family: str = "Qwen2") -
 
 
 def save_then_go_on(tp: int, stage: int, folder: str, **options: Any) -> dict[str, Any]:
-    """Two steps, a checkpoint in ``folder``, five more: their losses, and the checkpoint after them."""
+    """Two steps, a checkpoint in ``folder``, three more: their losses, and the checkpoint after them."""
     family = options.get("family", "Qwen2")
     engine = engine_of(tp, stage, **options)
     losses = train(engine, tp, BEFORE, family)
@@ -99,7 +99,7 @@ def save_then_go_on(tp: int, stage: int, folder: str, **options: Any) -> dict[st
 
 
 def resume(tp: int, stage: int, folder: str, **options: Any) -> dict[str, Any]:
-    """A model of other weights takes the checkpoint; saved again at once, then five steps and saved again."""
+    """A model of other weights takes the checkpoint; saved again at once, then three steps and saved again."""
     family = options.get("family", "Qwen2")
     engine = engine_of(tp, stage, seed=1, **options)
     path, client = engine.load_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from typing import Any
@@ -14,7 +15,9 @@ from tests.support.configs import ACCUMULATION, CLIP, MICRO, config_for
 from tests.support.errors import gradient_error, relative, replica_error, worse
 from tests.support.models import batch, make
 
-STEPS = 3
+STEPS = 2
+ENGINE_OPTIONS = ("stage", "offload", "way", "zero", "extra", "checkpointing", "seeded", "gradients")
+DEFAULTS = {"heads": (4, 2), "tied": None, "optimizer": "adamw", "adapter": None}
 
 
 def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
@@ -83,18 +86,37 @@ def loss_of(model: Any, data: dict[str, torch.Tensor], step: int, family: str = 
 _TRUTHS: dict[str, dict] = {}
 
 
-def truth(*arguments: Any, **options: Any) -> dict:
-    """What :func:`_train_plainly` gives, computed once a process: several configurations have one reference."""
-    key = repr((arguments, sorted(options.items())))
+def truth(dp: int, **case: Any) -> dict:
+    """What :func:`_train_plainly` gives for arguments of :func:`compare`, computed once a process.
+
+    Several configurations have one truth.
+    """
+    model = DEFAULTS | {key: value for key, value in case.items() if key not in ENGINE_OPTIONS}
+    key = repr((dp, sorted(model.items())))
     if key not in _TRUTHS:
-        _TRUTHS[key] = _train_plainly(*arguments, **options)
+        _TRUTHS[key] = _train_plainly(dp, **model)
     return _TRUTHS[key]
 
 
+def share_truths(tp: int, cases: list[dict]) -> None:
+    """Divide the truths of ``cases`` among the ranks: each computes some, and all get all.
+
+    A truth that cannot be computed is left to its case, which raises there.
+    """
+    world = dist.get_world_size()
+    for index, case in enumerate(cases):
+        if index % world == dist.get_rank():
+            with contextlib.suppress(Exception):
+                truth(world // tp, **case)
+    every: list[dict[str, dict]] = [{}] * world
+    dist.all_gather_object(every, _TRUTHS)
+    for found in every:
+        _TRUTHS.update(found)
+
+
 def _train_plainly(
-    family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, dp: int, adapter: str | None = None,
-    **options: Any,
-) -> dict:  # fmt: skip
+    dp: int, family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, adapter: str | None, **options: Any
+) -> dict:
     """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
     model = adapted(model_of(family, heads=heads, tied=tied, **options), adapter)
     optim = optimizer_for(model, optimizer)
@@ -235,7 +257,7 @@ def compare(
     import tp_plugin
 
     dp = dist.get_world_size() // tp
-    expected = truth(family, heads, tied, optimizer, dp, adapter, **options)
+    expected = truth(dp, family=family, heads=heads, tied=tied, optimizer=optimizer, adapter=adapter, **options)
     seed = dist.get_rank() if seeded == "by rank" else 0
     model = model_of(family, seed, heads=heads, tied=tied, **options)
     zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})

@@ -38,11 +38,9 @@ from tp_plugin.weights.staging import Staging
 TP = 2
 CASES = {
     "Qwen2 tied ZeRO-0": ("Qwen2", True, 0, {}),  # half precision without ZeRO is refused
-    "Llama untied ZeRO-1": ("Llama", False, 1, {}),
     "Gemma2 tied ZeRO-2": ("Gemma2", None, 2, {}),
     "Qwen3 tied ZeRO-3, some kept whole": ("Qwen3", True, 3, {"zero": {"stage3_param_persistence_threshold": 40}}),
     "Qwen2 bf16 ZeRO-1": ("Qwen2", False, 1, BF16),
-    "Qwen2 tied bf16 ZeRO-2": ("Qwen2", True, 2, BF16),
     "Llama bf16 ZeRO-3": ("Llama", False, 3, BF16),
     "BF16_Optimizer": ("Qwen2", False, 1, BF16_OPTIMIZER),
 }
@@ -130,7 +128,7 @@ def exported(family, tied, stage, extra, folder):
             problem = [f"{type(failure).__name__}: {failure}"]
     dist.broadcast_object_list(problem)
     assert not problem[0], problem[0]
-    assert steps(run, range(2, 7)) == steps(plain, range(2, 7)), "the export changed training"
+    assert steps(run, range(2, 4)) == steps(plain, range(2, 4)), "the export changed training"
     theirs = parts(plain)
     assert all(torch.equal(part, theirs[name]) for name, part in parts(run).items()), "or the weights"
     for ran, number in ((run, "run"), (plain, "plain")):
