@@ -108,9 +108,8 @@ def train_half(tp: int, exact: bool) -> dict[str, dict[str, torch.Tensor]]:
         runs = [train(name, tp, exact, seed) for seed in range(4)]
         steps = [entry for run in runs for entry in run["log"] if "loss" in entry]
         found[name] = {key: torch.tensor([entry[key] for entry in steps]) for key in ("loss", "grad_norm")}
-        found[name]["weights"] = torch.cat(
-            [torch.empty(0), *(w.flatten() for run in runs for _, w in sorted(run["weights"].items()))]  # rank 0 has them
-        )
+        weights = [weight.flatten() for run in runs for _, weight in sorted(run["weights"].items())]
+        found[name]["weights"] = torch.cat([torch.empty(0), *weights])  # rank 0 alone has them
     return found
 
 

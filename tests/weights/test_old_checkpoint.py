@@ -1,7 +1,7 @@
 """A checkpoint of version 0.1.0 is read: ``fixtures/version_0.1.0``, as that version wrote it, at another shape.
 
-Two ranks (tp 2, ZeRO 1) trained two steps of :data:`MODEL` with AdamW and saved. They then went on; the losses of three steps are
-:data:`AFTER`; :data:`TOTAL` is the sum of all saved weights.
+Two ranks (tp 2, ZeRO 1) trained two steps of :data:`MODEL` with AdamW and saved. They then went on: the losses of
+three steps are :data:`AFTER`. :data:`TOTAL` is the sum of all saved weights.
 """
 
 from __future__ import annotations
