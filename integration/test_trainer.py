@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support import tiny
-from tests.support.launching import SCRIPTS, accelerate_launch, deepspeed_config, deepspeed_launch
+from tests.support.configs import auto_config
+from tests.support.launching import SCRIPTS, accelerate_launch, deepspeed_config, executed, free_port
 
 TP, DP = 2, 2
 TWO_MICRO = {"gradient_accumulation_steps": 2}
@@ -140,13 +141,16 @@ def test_a_checkpoint_resumes_and_holds_a_model(runs):
     AutoModelForCausalLM.from_pretrained(runs / "zero1" / "checkpoint-2")
 
 
-def test_the_deepspeed_launcher_runs_the_same_script(runs, tmp_path):
-    """Two ranks, tensor parallelism only; the launcher puts --local_rank before the script's name."""
-    config = deepspeed_config(1)
-    variants = [{"name": "tp2", "deepspeed": config, "max_steps": 2}]
+def test_a_command_that_knows_nothing_of_us_is_sharded(tmp_path):
+    """``tp-plugin exec --degree 2 deepspeed SCRIPT``: tensor parallelism only, of a config without a degree.
+
+    The launcher puts --local_rank before the script's name, and starts the ranks by itself.
+    """
+    variants = [{"name": "tp2", "deepspeed": auto_config(1), "max_steps": 2}]
     (tmp_path / "variants.json").write_text(json.dumps(variants))
     script = [f"{SCRIPTS}/hf_trainer.py", "--variants", f"{tmp_path}/variants.json", "--out", str(tmp_path)]
-    deepspeed_launch(2, "tp_plugin.run", script)
+    output = executed(2, ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), *script])
+    assert output.count("registered by TP_PLUGIN=1: models are sharded over TP_PLUGIN_DEGREE=2 ranks") == 1
     run = json.loads((tmp_path / "tp2.0.json").read_text())
     steps = [[[micro]] for micro in run["batches"][:2]]
     expected = tiny.truth(tiny.model(), steps, all_tokens=True, clip=0.5, lr=1e-2)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tp_plugin.integrations.import_hooks import AfterImport
+from tp_plugin.integrations.import_hooks import AfterImport, BetweenImports
 
 
 @pytest.fixture
@@ -67,3 +67,67 @@ def test_nobody_waits_after_uninstall(library, waiting):
     waiting.uninstall()
     importlib.import_module(library)
     assert waiting.calls == []
+
+
+# ---- between imports -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nested(tmp_path, monkeypatch):
+    """Packages of which one imports a module of the other half-way."""
+    for name, text in {
+        "outer/__init__.py": "",
+        "outer/early.py": "import inner.trainer\nvalue = 1\n",
+        "outer/broken.py": "import inner.trainer\nraise OSError('half of it')\n",
+        "inner/__init__.py": "",
+        "inner/trainer.py": "value = 2\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = []
+    waiting = BetweenImports(["inner.trainer"], ["inner", "outer"], lambda: calls.append(sorted(sys.modules)))
+    waiting.install()
+    yield calls
+    waiting.uninstall()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("inner", "outer")]:
+        del sys.modules[name]
+
+
+def test_the_call_waits_until_no_import_is_under_way(nested):
+    module = importlib.import_module("outer.early")
+    assert len(nested) == 1
+    assert module.value == 1
+    assert {"outer.early", "inner.trainer"} <= set(nested[0])
+    assert module.__loader__.__class__.__name__ == "SourceFileLoader"
+    assert module.__spec__.loader is module.__loader__
+    importlib.import_module("outer")
+    importlib.reload(sys.modules["inner.trainer"])
+    assert len(nested) == 1
+
+
+def test_an_import_that_fails_is_followed_by_the_next(nested):
+    with pytest.raises(OSError, match="half of it"):
+        importlib.import_module("outer.broken")
+    assert nested == []
+    importlib.import_module("outer.early")
+    assert len(nested) == 1
+
+
+def test_other_modules_do_not_count(nested):
+    importlib.import_module("outer")
+    importlib.import_module("inner")
+    assert nested == []
+
+
+def test_both_kinds_wait_for_one_module(nested):
+    patched = []
+    after = AfterImport({"inner.trainer": patched.append})
+    after.install()
+    try:
+        module = importlib.import_module("outer.early")
+    finally:
+        after.uninstall()
+    assert patched == [sys.modules["inner.trainer"]]
+    assert len(nested) == 1
+    assert module.value == 1

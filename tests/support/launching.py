@@ -92,6 +92,15 @@ def launch_module(ranks: int, module: str, arguments: list[str]) -> str:
     return deepspeed_launch(ranks, module, arguments) if real else forked(ranks, ["-m", module, *arguments])
 
 
+# ---- any command -----------------------------------------------------------------------------------------------------
+
+
+def executed(degree: int, command: list[str]) -> str:
+    """``tp-plugin exec --degree DEGREE COMMAND``, a command of this environment; its output."""
+    folder = Path(sys.executable).parent
+    return _start([str(folder / "tp-plugin"), "exec", "--degree", str(degree), str(folder / command[0]), *command[1:]])
+
+
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 

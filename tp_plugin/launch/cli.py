@@ -8,6 +8,7 @@
 ``tp-plugin inspect out/checkpoint-500``
 ``tp-plugin export out/checkpoint-500 model``
 ``tp-plugin doctor``
+``tp-plugin exec --degree 2 trl sft --config sft.yaml``
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     covering.add_argument("--output", type=Path, metavar="FILE", help="a .md; a .json is kept beside it (none)")
     covering.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for an architecture (120)")
     covering.add_argument("--fresh", action="store_true", help="check again what the .json has of these versions")
+    starter = add("exec", execute, "run a command with tp_plugin in every Python process that it starts")
+    starter.add_argument(
+        "--degree", type=_degree, metavar="N", help="ranks to shard over (as its DeepSpeed config says)"
+    )
+    starter.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="the command and its arguments")
     doctor = add("doctor", examine, "report libraries, features, devices and variables, and try two ranks")
     doctor.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
     doctor.add_argument("--no-test", action="store_true", help="leave out the trial on two ranks")
@@ -260,6 +266,13 @@ def export(options: argparse.Namespace) -> int:
     names = checkpoint_to_hf.export(checkpoint, options.out, max_shard_size=options.max_shard_size)
     print(f"{checkpoint} written as {options.out}: {', '.join(names)}")
     return 0
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Become the command, with ``TP_PLUGIN`` set."""
+    from tp_plugin.launch.startup import execute as start
+
+    return start(options.words, options.degree)
 
 
 def examine(options: argparse.Namespace) -> int:

@@ -19,7 +19,19 @@ from tp_plugin.integrations.versions import TESTED, installed, is_tested
 
 COMPILERS = {"c++": "DeepSpeed's CPU optimizers", "ninja": "DeepSpeed on a CPU", "nvcc": "DeepSpeed's fused optimizers"}
 """Programs that are called while training, and what calls them."""
-VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "TORCH_", "DS_", "ACCELERATE_", "PARALLELISM_CONFIG_", "OMP_", "HF_", "TRITON_")
+VARIABLES = (
+    "CUDA_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "DS_",
+    "ACCELERATE_",
+    "PARALLELISM_CONFIG_",
+    "OMP_",
+    "HF_",
+    "TRITON_",
+    "TP_PLUGIN",
+)
 """Beginnings of environment variables that change how ranks are started and speak with each other."""
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from tp_plugin.integrations.environment import with_degree
 from tp_plugin.mesh import ParallelMesh
 
 
@@ -36,8 +37,8 @@ def tp_size_of_launch() -> int:
 
 
 def degree_in(config: Any) -> int:
-    """``tensor_parallel.autotp_size`` of a DeepSpeed config, at least 1."""
-    section = config.get("tensor_parallel") if isinstance(config, Mapping) else None
+    """``tensor_parallel.autotp_size`` of a DeepSpeed config, or the degree of the environment; at least 1."""
+    section = with_degree(config).get("tensor_parallel") if isinstance(config, Mapping) else None
     size = section.get("autotp_size", 1) if isinstance(section, Mapping) else 1
     return max(size, 1) if isinstance(size, int) else 1
 

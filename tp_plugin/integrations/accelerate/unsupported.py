@@ -12,10 +12,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, dataclasses, memory
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.integrations.accelerate.degree import degree_in, tp_size, tp_size_of_launch, uses_deepspeed
 from tp_plugin.integrations.contract import NameMoved
+from tp_plugin.integrations.environment import refuse_no_degree, with_degree
 from tp_plugin.integrations.features import ACCELERATE
 from tp_plugin.integrations.upstream import Upstream
 
@@ -46,6 +48,15 @@ def _init(original: Callable[..., None], self: Accelerator, *args: Any, **kwargs
             f"{self.distributed_type.value}, and nothing would be sharded: remove cpu=True (Accelerator), "
             "use_cpu=True (TrainingArguments) or ACCELERATE_USE_CPU; a machine without accelerator needs none."
         )
+    plugin = getattr(self.state, "deepspeed_plugin", None)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_no_degree(None if plugin is None else plugin.deepspeed_config, world)
+
+
+@upstream.patch(HfDeepSpeedConfig, "__init__", ["config_file_or_dict"], "TP_PLUGIN_DEGREE is put into configs there")
+def _read_config(original: Callable[..., None], self: Any, config_file_or_dict: Any) -> None:
+    original(self, config_file_or_dict)
+    self.config = with_degree(self.config)  # a copy of the caller's
 
 
 def refuse_parallelism_config(given: Any) -> None:

@@ -246,8 +246,12 @@ def settle(arguments: dict[str, Any], config: Mapping[str, Any], tp: int) -> Non
     The caller's own config, which later engines may be made from, is not changed.
     """
     rest = settled(config, tp, by_replicas=arguments.get("mpu") is not None)
-    if config.get(BATCH) is None:
-        return
+    if config.get(BATCH) is not None:
+        put_config(arguments, rest)
+
+
+def put_config(arguments: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Replace the config in ``arguments`` of ``deepspeed.initialize``, wherever the caller has given it."""
     if getattr(arguments.get("args"), "deepspeed_config", None) is not None:
         given = arguments["args"]
         if hasattr(given, "local_rank") and "LOCAL_RANK" in os.environ and given.local_rank in (None, -1):
@@ -255,7 +259,7 @@ def settle(arguments: dict[str, Any], config: Mapping[str, Any], tp: int) -> Non
         arguments["args"] = copy.copy(given)
         arguments["args"].deepspeed_config = None
     arguments.pop("config_params", None)
-    arguments["config"] = rest
+    arguments["config"] = dict(config)
 
 
 def _refuse_no_number(key: str, value: Any) -> None:

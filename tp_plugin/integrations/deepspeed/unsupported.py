@@ -15,9 +15,17 @@ from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.integrations.deepspeed.config import given_group, read_config, refuse_section, settle, with_recorded
+from tp_plugin.integrations.deepspeed.config import (
+    given_group,
+    put_config,
+    read_config,
+    refuse_section,
+    settle,
+    with_recorded,
+)
 from tp_plugin.integrations.deepspeed.optimizers import refuse_optimizer, warn_of_modes
 from tp_plugin.integrations.deepspeed.process_groups import refuse_other_groups
+from tp_plugin.integrations.environment import refuse_no_degree, with_degree
 from tp_plugin.mesh import ParallelMesh, check_world
 from tp_plugin.sharding import state_of
 
@@ -32,7 +40,10 @@ def refuse_before_engine(arguments: dict[str, Any], options_of: Callable[[dict],
     raw = raw or getattr(arguments.get("args"), "deepspeed_config", None)
     if raw is None:
         return  # DeepSpeed raises its own error
-    given = read_config(raw)
+    read = read_config(raw)
+    given = with_degree(read)
+    if given is not read:
+        put_config(arguments, given)
     config = with_recorded(given)
     refuse_section(config.get("tensor_parallel"))
     options = options_of(config)
@@ -72,6 +83,8 @@ def _refuse_other_mesh(mpu: ParallelMesh, sharded: ParallelMesh | None, degree: 
 
 def _refuse_degree_one(config: Mapping[str, Any], mpu: Any) -> None:
     """Raise if the config asks for sharding without a degree above 1."""
+    if mpu is None:
+        refuse_no_degree(config, int(os.environ.get("WORLD_SIZE", "1")))
     if "tp_plugin" in config and _section(config, "tensor_parallel").get("autotp_size") != 1:
         raise TensorParallelError(
             "the DeepSpeed config has a tp_plugin block and no tensor_parallel.autotp_size above 1, so nothing would "
