@@ -1,0 +1,94 @@
+"""TRL's commands with YAML files as its documentation writes them, sharded by ``tp-plugin exec``, against one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import trl.scripts
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from tests.support import tiny
+from tests.support.configs import auto_config
+from tests.support.launching import alone, executed, free_port
+
+STEPS, TP = 3, 2
+OPTIONS = {
+    "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "adam_epsilon": 1e-4,
+    "logging_steps": 1, "save_steps": STEPS, "report_to": "none", "bf16": False, "max_length": 24, "dtype": "float32",
+    "gradient_checkpointing": False, "lr_scheduler_type": "constant",
+}  # fmt: skip
+WORDS = [*"abcdefghijklmnopqrstuvwxyz", " "]
+
+
+def rows(kind: str) -> list[dict]:
+    texts = ["abc def ", "xyz ", "the lazy dog "]
+    if kind == "sft":
+        return [{"text": (texts[i % 3] * 3)[: 20 + i % 5]} for i in range(32)]
+    return [{"prompt": texts[i % 3], "chosen": "ab" * (1 + i % 4), "rejected": "zy" * (2 + i % 3)} for i in range(32)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a tokenizer of letters, data sets, and the files of a launch on two CPU ranks."""
+    folder = tmp_path_factory.mktemp("trl")
+    tiny.model().save_pretrained(folder / "model")
+    vocab = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    for kind in ("sft", "dpo", "reward"):
+        (folder / kind).mkdir()
+        (folder / kind / "train.jsonl").write_text("\n".join(map(json.dumps, rows(kind))))
+    (folder / "ds.json").write_text(json.dumps(auto_config(1)))
+    (folder / "accelerate.yaml").write_text(
+        f"compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
+        f"machine_rank: 0\nnum_processes: {TP}\nmain_process_port: {free_port()}\n"
+        f"deepspeed_config:\n  deepspeed_config_file: {folder}/ds.json\n  zero3_init_flag: false\n"
+    )
+    return folder
+
+
+def written(folder: Path, kind: str, name: str, **more: object) -> str:
+    """The YAML file of one run, whose results go into the folder ``name``."""
+    own = {
+        "model_name_or_path": f"{folder}/model",
+        "dataset_name": f"{folder}/{kind}",
+        "output_dir": f"{folder}/{name}",
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(own | OPTIONS | more))
+    return f"{folder}/{name}.yaml"
+
+
+def results(folder: Path, name: str, kind: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What a run has logged, and the weights it has saved."""
+    log = json.loads((folder / name / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    return log, auto.from_pretrained(folder / name).state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_a_command_equals_one_process(folder, kind):
+    script = str(Path(trl.scripts.__file__).parent / f"{kind}.py")
+    alone([script, "--config", written(folder, kind, f"{kind}-alone", use_cpu=True)])
+    config = written(folder, kind, f"{kind}-sharded", accelerate_config=f"{folder}/accelerate.yaml")
+    output = executed(TP, ["trl", kind, "--config", config])
+    assert output.count("tp_plugin: the first step agrees with the same step without tensor parallelism") == 1
+    (expected, truth), (found, ours) = (results(folder, f"{kind}-{how}", kind) for how in ("alone", "sharded"))
+    assert len(expected) == STEPS
+    for key in ("loss", "grad_norm"):
+        logged = [[entry[key] for entry in log] for log in (found, expected)]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-5 if key == "loss" else 1e-4)
+    assert ours.keys() == truth.keys()
+    start = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    for name, weight in truth.items():
+        update = weight - start.get(name, torch.zeros_like(weight))
+        assert (ours[name] - weight).norm() <= 1e-4 * update.norm(), f"the update of {name}"
