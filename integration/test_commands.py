@@ -1,4 +1,4 @@
-"""TRL's commands with YAML files as its documentation writes them, sharded by ``tp-plugin exec``, against one process."""
+"""TRL's commands with YAML files as its documentation writes them: ``tp-plugin exec trl sft`` against one process."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.support.ranks import ROOT
 from tests.versions.sets import VersionSet
 
 TOOLS = ("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "datasets>=3", "packaging", "pyyaml", "safetensors", "numpy")
-BUILD = ("pip", "setuptools", "wheel", "ninja", "packaging", "numpy")
+BUILD = ("pip", "hatchling", "setuptools", "wheel", "ninja", "packaging", "numpy")
 """Installed before DeepSpeed, which pip builds from source beside torch."""
 _STAMP = "built.json"
 
