@@ -7,6 +7,7 @@ with, and registers.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 
@@ -40,23 +41,23 @@ def _register() -> None:
         degree = degree_asked()
     except TensorParallelError as refused:
         raise SystemExit(f"tp_plugin: {refused}") from refused
-    start_alike(sys.argv[1:])
+    if multiprocessing.parent_process() is None:  # a worker that was spawned has a state of its own
+        start_alike(sys.argv[1:])
     if os.environ.get("RANK") == "0":
         which = f"{DEGREE}={degree} ranks" if degree else "tensor_parallel.autotp_size ranks of the DeepSpeed config"
         log.info(f"registered by {ASKED}={os.environ[ASKED]}: models are sharded over {which}")
 
 
 def execute(command: list[str], degree: int | None) -> int:
-    """Replace this process by ``command`` with the variables set.
-
-    Returns:
-        2, where there is no such command.
-    """
+    """Replace this process by ``command`` with the variables set; returns 2 where there is no such command."""
     from tp_plugin.integrations.environment import ASKED, DEGREE
 
     os.environ |= {ASKED: "1"} | ({} if degree is None else {DEGREE: str(degree)})
-    try:
-        os.execvp(command[0], command)
-    except OSError as failure:
-        print(f"tp-plugin exec: cannot start {command[0]!r}: {failure.strerror}; name a command.", file=sys.stderr)
+    why = "there is none"
+    if command:
+        try:
+            os.execvp(command[0], command)
+        except OSError as failure:
+            why = f"cannot start {command[0]!r}: {failure.strerror}"
+    print(f"tp-plugin exec: name a command and its arguments ({why}).", file=sys.stderr)
     return 2
