@@ -48,7 +48,10 @@ def shard_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def own_partition(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's partition, 1-D and padded; ``tensor`` itself if it is not partitioned."""
+    """This rank's partition, 1-D and perhaps empty; ``tensor`` itself if it is not partitioned.
+
+    Padding is left out: nobody sets it, so it differs between replicas.
+    """
     return _answers().own_partition(tensor)
 
 

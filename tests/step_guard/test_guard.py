@@ -19,6 +19,7 @@ from tests.support.guarded import compared, engine_of, steps
 from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
 from tests.support.train import loss_of, micro_batches, model_of
+from tp_plugin.integrations.zero3 import partition_data
 from tp_plugin.layers import RowParallelLinear
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
@@ -131,6 +132,24 @@ def test_a_drifted_replica_is_caught_at_the_first_step_and_later(when, every):
     errors = errors_on_ranks(2, a_norm_of_one_replica, when, every)
     assert len(set(errors)) == 1
     assert "'model.norm.weight' is not the same on the ranks" in errors[0]
+
+
+def padding_of_its_own():
+    """Losses at ZeRO-3 of a model with scalars, whose second partition is padding alone; how many have such."""
+    engine = engine_of("apertus", 3, {"tp_plugin": {"check_replicas_every": 1, "guard": False}})
+    padded = 0
+    for param in engine.module.parameters():
+        padding = param.ds_tensor.data.view(-1)[partition_data(param).numel() :]
+        padding.fill_(1.0 + dist.get_rank())
+        padded += partition_data(param).numel() == 0
+    steps(engine, 2, "apertus")
+    return padded
+
+
+def test_padding_of_partitions_is_no_replica():
+    first, _, second, _ = on_ranks(4, padding_of_its_own)
+    assert first == 0
+    assert second > 0, "no partition is padding alone"
 
 
 def rounding_of_one_replica():

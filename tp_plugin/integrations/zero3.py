@@ -47,7 +47,7 @@ def shard_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def own_partition(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "ds_tensor", tensor)
+    return partition_data(tensor) if is_partitioned(tensor) else tensor
 
 
 def gathered(params: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager:
