@@ -50,7 +50,7 @@ def shard_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 def own_partition(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's partition, 1-D and perhaps empty; ``tensor`` itself if it is not partitioned.
 
-    Padding is left out: nobody sets it, so it differs between replicas.
+    Padding is left out: it is memory that DeepSpeed does not set, so it differs between replicas.
     """
     return _answers().own_partition(tensor)
 
