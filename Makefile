@@ -1,7 +1,7 @@
 # make quickstart   a Llama trained tensor parallel on four CPU processes, from nothing
 # make test         every test that runs without an accelerator, but the long matrices: 17 minutes on two cores
 # make test-unit    those that start no other process: two minutes
-# make test-matrix  the long matrices, and every script by its real launcher: two hours
+# make test-matrix  the long matrices, and every script by its real launcher: hours
 # make test-gpu     those that need an accelerator
 # make durations    what each test file takes, recorded in tests/durations.json; FILES=tests/test_new.py for some
 # make fuzz         500 random cases of the engine against one process; CASES=, FIRST=, SEED=, SHRINK=1: docs/fuzzing.md

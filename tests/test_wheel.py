@@ -31,6 +31,7 @@ def test_the_wheel_alone_runs_the_readme(tmp_path):
     called(python, "-m", "pip", "install", "--quiet", torch)
     pinned = str(ROOT / "constraints.txt")
     called(python, "-m", "pip", "install", "--quiet", "--constraint", pinned, f"{wheel}[peft,trl]")
+    assert list(environment.glob("lib/python*/site-packages/tp_plugin_startup.pth")), "TP_PLUGIN=1 would do nothing"
     place = prepare(tmp_path / "place")
     (place / "sft.py").write_text(trl_script())
     launch = ["accelerate", "launch", "--config_file", "cpu.yaml", "-m", "tp_plugin.run", "sft.py"]

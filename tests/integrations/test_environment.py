@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 import pytest
 import torch
 from accelerate import Accelerator
@@ -37,7 +38,9 @@ def test_a_degree_is_put_where_there_is_none(variables):
     assert "autotp_size" not in own["tensor_parallel"]
     same = {"tensor_parallel": {"autotp_size": 2}}
     assert with_degree(same) is same
-    with pytest.raises(TensorParallelError, match="autotp_size is 4 in the DeepSpeed config and TP_PLUGIN_DEGREE is 2"):
+    with pytest.raises(
+        TensorParallelError, match="degree is 4 in the DeepSpeed config or tp_model_init, and TP_PLUGIN_DEGREE is 2"
+    ):
         with_degree({"tensor_parallel": {"autotp_size": 4}})
 
 
@@ -95,6 +98,12 @@ def test_the_degree_reaches_accelerate():
     assert on_ranks(2, plugins_degree, env=env, group=False) == [2, 2]
 
 
+def recorded_loss() -> None:
+    tp_plugin.register()
+    model = deepspeed.tp_model_init(make("Llama"), tp_size=2, dtype=torch.float32)
+    engine_for(model, optimizer_for(model, "adamw"), plain_config())
+
+
 def accelerator_alone() -> None:
     tp_plugin.register()
     Accelerator(cpu=True)
@@ -104,13 +113,18 @@ def accelerator_alone() -> None:
     ("call", "env", "sentence"),
     [
         (engine_loss, {}, "the DeepSpeed config has no tensor_parallel.autotp_size"),
-        (engine_loss, {"TP_PLUGIN_DEGREE": "3"}, "3"),
+        (engine_loss, {"TP_PLUGIN_DEGREE": "3"}, "the world size 2 is not divisible by tp_size 3"),
+        (
+            recorded_loss,
+            {"TP_PLUGIN_DEGREE": "1"},
+            "the degree is 2 in the DeepSpeed config or tp_model_init, and TP_PLUGIN_DEGREE is 1",
+        ),
         (accelerator_alone, {"TP_PLUGIN_DEGREE": "2"}, "the job runs without DeepSpeed"),
     ],
-    ids=["no_degree", "no_divisor", "no_deepspeed"],
+    ids=["no_degree", "no_divisor", "two_degrees", "no_deepspeed"],
 )
 def test_a_job_that_cannot_be_sharded_is_refused_on_every_rank(call, env, sentence):
-    group = call is engine_loss
+    group = call is not accelerator_alone
     errors = errors_on_ranks(2, call, env={"TP_PLUGIN": "1"} | env, group=group)
     assert len({str(error) for error in errors}) == 1
     assert sentence in str(errors[0])

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import tp_plugin
+from tests.support.launching import output_of
 from tests.support.ranks import ROOT
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.import_hooks import BetweenImports
+from tp_plugin.integrations.import_hooks import waiting
 from tp_plugin.launch import run, startup
 from tp_plugin.launch.cli import main
 
@@ -27,10 +28,6 @@ def calls(monkeypatch):
     monkeypatch.setenv("TP_PLUGIN", "1")
     monkeypatch.delenv("TP_PLUGIN_DEGREE", raising=False)
     return found
-
-
-def waiting() -> list[BetweenImports]:
-    return [finder for finder in sys.meta_path if isinstance(finder, BetweenImports)]
 
 
 def test_it_waits_once():
@@ -105,3 +102,26 @@ def test_the_line_of_the_wheel_is_idle_without_the_variable():
     assert "BetweenImports" not in said[None]
     assert said[None].endswith("False\n")
     assert "BetweenImports" in said["1"]
+
+
+REGISTERED = """
+import inspect
+import deepspeed
+from tp_plugin.integrations.import_hooks import waiting
+once = deepspeed.initialize.__wrapped__
+print("patched once:", not hasattr(once, "__wrapped__") and inspect.isfunction(once), waiting())
+"""
+
+
+@pytest.mark.parametrize("way", ["-m tp_plugin.run", "register()"])
+def test_a_program_that_registers_by_itself_is_registered_once(tmp_path, way):
+    first = "" if way.startswith("-m") else "import tp_plugin; tp_plugin.register()"
+    (tmp_path / "train.py").write_text(first + REGISTERED)
+    line = Path(ROOT, "tp_plugin_startup.pth").read_text()
+    start = f"{line}; import runpy, sys; sys.argv = sys.argv[1:]; "
+    run_it = "runpy.run_module('tp_plugin.run', run_name='__main__')" if way.startswith("-m") else ""
+    start += run_it or "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = [*(["tp_plugin.run"] if run_it else []), str(tmp_path / "train.py")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TP_PLUGIN": "1", "RANK": "0", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", start.replace("\n", ""), *script]
+    assert "patched once: True []" in output_of(command, env)

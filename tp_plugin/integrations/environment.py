@@ -45,7 +45,7 @@ def with_degree(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**config, "tensor_parallel": {**section, "autotp_size": degree}}
     if given != degree:
         raise TensorParallelError(
-            f"tensor_parallel.autotp_size is {given!r} in the DeepSpeed config and {DEGREE} is {degree}; remove one."
+            f"the degree is {given!r} in the DeepSpeed config or tp_model_init, and {DEGREE} is {degree}; remove one."
         )
     return config
 

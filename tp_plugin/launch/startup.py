@@ -11,16 +11,17 @@ import multiprocessing
 import os
 import sys
 
-from tp_plugin.integrations.import_hooks import BetweenImports
+from tp_plugin.integrations.import_hooks import BetweenImports, waiting
 
-LIBRARIES = ("deepspeed", "transformers", "accelerate", "peft", "trl")
+LIBRARIES = ("deepspeed", "transformers", "accelerate", "peft", "trl", "tp_plugin")
+"""A package whose import is under way lacks names; ours imports the others amid its own."""
 _TRAINERS = ("deepspeed", "transformers.trainer")
 
 
 def wait() -> None:
-    """Register when the libraries of a training have been imported; a launcher's own process imports none of them."""
-    if any(isinstance(finder, BetweenImports) for finder in sys.meta_path):
-        return  # Python reads the line once for each name of its directory
+    """Register when the libraries of a training have been imported."""
+    if waiting():
+        return  # in a virtual environment Python reads the line twice
     ranks = ("accelerate",) if "RANK" in os.environ else ()  # a launcher imports accelerate, too
     BetweenImports((*_TRAINERS, *ranks), LIBRARIES, _register).install()
 

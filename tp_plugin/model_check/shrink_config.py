@@ -44,7 +44,6 @@ _TOKEN_ID = re.compile(r"\w*(token_ids?|token_index|_index|_id|_idx)")
 _PERIOD = re.compile(
     r"\w*(layer\w*(period|interval|freq|step|group_size)|every_n_layers|sparse_step|interval|frequency)"
 )
-_PATTERN = re.compile(r"\w*(layer_offset|sliding_window_pattern)")
 _RANDOM = re.compile(r"\w*(drop|jitter|mask_(time|feature)_prob)\w*")
 
 

@@ -194,7 +194,7 @@ def test_a_rank_takes_its_gpu_before_the_slot_meets_the_others(monkeypatch):
         order.append("agree")
         raise InterruptedError
 
-    monkeypatch.setattr(slot, "take_device", lambda: order.append("device"), raising=False)
+    monkeypatch.setattr(slot, "take_device", lambda: order.append("device"))
     monkeypatch.setattr(slot, "agree", meet)
     monkeypatch.setattr(slot, "options_of", lambda _: tp_plugin.TensorParallelConfig(tp_size=2))
     monkeypatch.setattr(slot.groups, "get_tensor_model_parallel_world_size", lambda: 2)

@@ -31,9 +31,10 @@ def tp_size_of_launch() -> int:
     if not uses_deepspeed() or not name:
         return 1
     try:
-        return degree_in(json.loads(Path(name).read_text()))
+        config = json.loads(Path(name).read_text())
     except (OSError, ValueError):
         return 1  # accelerate reads the file next and reports it
+    return degree_in(config)
 
 
 def degree_in(config: Any) -> int:

@@ -41,10 +41,9 @@ def refuse_before_engine(arguments: dict[str, Any], options_of: Callable[[dict],
     if raw is None:
         return  # DeepSpeed raises its own error
     read = read_config(raw)
-    given = with_degree(read)
+    config, given = dict(with_degree(with_recorded(read))), with_degree(read)
     if given is not read:
         put_config(arguments, given)
-    config = with_recorded(given)
     refuse_section(config.get("tensor_parallel"))
     options = options_of(config)
     mpu = arguments.get("mpu")
