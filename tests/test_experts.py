@@ -30,13 +30,22 @@ FAST: dict[tuple[int, int], list[dict]] = {
     (4, 2): [{"family": name, "stage": 2} for name in ("Mixtral", "DeepseekV3", "GptOss")],
     (4, 4): [{"family": name, "stage": 1, "heads": (8, 4)} for name in ("Qwen2Moe", "DeepseekV3", "Glm4Moe")],
 }  # fmt: skip
+EIGHT_HEADS: dict[str, dict] = {"GraniteMoeHybrid": {"mamba_n_heads": 8}}  # its state is twice as wide as the model
+# it samples among experts of like scores, and a replica draws other numbers than one process for the same tokens
+REPLICAS: dict[str, dict] = {"Phimoe": {"router_jitter_noise": 0.0}}
+
+
+def at_length(name: str, stage: int, world: int, tp: int) -> dict:
+    heads = {"heads": (8, 4), **EIGHT_HEADS.get(name, {})} if tp == 4 else {}
+    return {"family": name, "stage": stage, **heads, **(REPLICAS.get(name, {}) if world > tp else {})}
+
+
 SLOW: dict[tuple[int, int], list[dict]] = {
     (world, tp): [
         case
         for stage in (0, 1, 2, 3)
         for name in SIZES | MORE
-        for case in ({"family": name, "stage": stage, **({"heads": (8, 4)} if tp == 4 else {})},)
-        if case not in FAST[world, tp]
+        if (case := at_length(name, stage, world, tp)) not in FAST[world, tp]
     ]
     for world, tp in FAST
 }

@@ -24,6 +24,7 @@ class Partitioning(Protocol):
     def own_partition(self, tensor: torch.Tensor) -> torch.Tensor: ...
     def gathered(self, params: Sequence[torch.Tensor]) -> AbstractContextManager: ...
     def prefetched_released(self, optimizer: Any) -> AbstractContextManager: ...
+    def forget_fetch_order(self, optimizer: Any) -> None: ...
 
 
 @functools.cache
@@ -63,3 +64,12 @@ def gathered(params: Sequence[torch.Tensor]) -> AbstractContextManager:
 def prefetched_released(optimizer: Any) -> AbstractContextManager:
     """Release the parameters that the engine of ``optimizer`` has prefetched; on leaving, it gathers them again."""
     return _answers().prefetched_released(optimizer)
+
+
+def forget_fetch_order(optimizer: Any) -> None:
+    """Make the engine of ``optimizer`` record anew in which order a forward reads parameters, to fetch them ahead.
+
+    A model in evaluation mode may read a weight elsewhere than in training. Where it was fetched ahead of a read outside
+    of its own module, DeepSpeed does not note that read, and the weight is missing in the backward.
+    """
+    _answers().forget_fetch_order(optimizer)

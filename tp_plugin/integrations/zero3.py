@@ -29,10 +29,18 @@ upstream = Upstream(SLOT)
 
 @upstream.also
 def _check_optimizer() -> None:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     for name in _CHECKPOINT_EVENTS:
         contract(DeepSpeedZeroOptimizer_Stage3, name, [], "prefetched parameters are released by it before an export")
+    for owner, name in (
+        (DeepSpeedZeRoOffload, "get_param_coordinator"),
+        (PartitionedParameterCoordinator, "is_invalid_trace"),
+        (PartitionedParameterCoordinator, "_invalidate_trace"),
+    ):
+        contract(owner, name, [], "the guard's forwards must not decide what is fetched ahead in training")
 
 
 # ---- answers to tp_plugin.partitioned -------------------------------------------------------------------------------
@@ -66,6 +74,13 @@ def prefetched_released(optimizer: Any) -> Iterator[None]:
     finally:
         if after is not None:
             after()
+
+
+def forget_fetch_order(optimizer: Any) -> None:
+    offload = getattr(optimizer, "parameter_offload", None)
+    coordinator = None if offload is None else offload.get_param_coordinator()
+    if coordinator is not None and not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
 
 
 # ---- for the integrations alone -------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from tp_plugin.step_guard.reachable_state import StateSnapshot
 from tp_plugin.step_guard.replicas import is_turn, require_equal_replicas
 from tp_plugin.step_guard.sample_batch import is_plain
 from tp_plugin.step_guard.unsharded_view import backbone_of
-from tp_plugin.weights.gather import unwrapped
+from tp_plugin.weights.gather import forget_evaluation, unwrapped
 
 ATTRIBUTE = "tp_guard"
 _KEPT_ON = False
@@ -112,8 +112,10 @@ class StepGuard:
             elif training:
                 self.due[True] = False
                 warn_unchecked("inputs that are no tensors, such as a cache, would be modified", None)
-        if training and not by_trainer:
-            self._watch_collectives()
+        if training:
+            self._before_first()
+            if not by_trainer:
+                self._watch_collectives()
 
     def _watch_collectives(self) -> None:
         """A loop makes its loss after the forward, so its collectives come before its backward."""
@@ -140,6 +142,7 @@ class StepGuard:
         if self.due[True] and not self._warned_of_backbone:
             self._warned_of_backbone = True
             warn_unchecked("the loss is made of a part of the model, whose own forward is not called", None)
+        self._before_first()
         self._watch_collectives()
         return given
 
@@ -158,6 +161,11 @@ class StepGuard:
             self.gradients = None
         elif self.gradients is not None:
             self.gradients.start()
+
+    def _before_first(self) -> None:
+        """Keep what the examination's forwards read, in evaluation mode, from being fetched ahead in training."""
+        if self.forwards == 1:
+            forget_evaluation(self.model)
 
     @torch.compiler.disable(reason=NO_FULLGRAPH)
     def examine(

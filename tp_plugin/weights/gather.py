@@ -13,7 +13,7 @@ from torch import nn
 
 from tp_plugin.errors import TensorParallelError, agree, sentence_of
 from tp_plugin.mesh import ParallelMesh
-from tp_plugin.partitioned import prefetched_released
+from tp_plugin.partitioned import forget_fetch_order, prefetched_released
 from tp_plugin.sharding.full_tensors import shard_in
 from tp_plugin.sharding.state import root_of, state_of
 from tp_plugin.weights.stream import Output, identities, persistent, stream
@@ -125,13 +125,27 @@ def note_engine(model: nn.Module, engine: Any) -> None:
 
 def between_forwards(model: nn.Module) -> contextlib.AbstractContextManager:
     """:func:`between_steps` of the engine that trains ``model``, or a model around it."""
-    engine = vars(model).get(_ENGINE_OF_PARTS, lambda: None)()
-    return between_steps(model if engine is None else engine)
+    return between_steps(_engine_around(model))
 
 
 @contextlib.contextmanager
 def between_steps(model_or_engine: Any) -> Iterator[None]:
     """Make ZeRO-3 release prefetched parameters while open, so that they can be gathered bucket by bucket."""
+    with prefetched_released(_optimizer_of(model_or_engine)):
+        yield
+
+
+def forget_evaluation(model: nn.Module) -> None:
+    """Make ZeRO-3 fetch ahead for the training of ``model`` by its own order, not that of forwards before."""
+    forget_fetch_order(_optimizer_of(_engine_around(model)))
+
+
+def _engine_around(model: nn.Module) -> Any:
+    engine = vars(model).get(_ENGINE_OF_PARTS, lambda: None)()
+    return model if engine is None else engine
+
+
+def _optimizer_of(model_or_engine: Any) -> Any:
     engine = model_or_engine
     if not hasattr(engine, "optimizer") and isinstance(engine, nn.Module):
         root = root_of(engine)
@@ -140,6 +154,4 @@ def between_steps(model_or_engine: Any) -> Iterator[None]:
         else:
             refs = (vars(module).get(_ENGINE) for module in engine.modules())
         engine = next((ref() for ref in refs if ref is not None), None)
-    optimizer: Any = getattr(engine, "optimizer", None)
-    with prefetched_released(optimizer):
-        yield
+    return getattr(engine, "optimizer", None)
