@@ -28,7 +28,7 @@ def test_a_plain_parameter_is_not_partitioned():
     assert partitioned.shard_shape(model.weight) == (2, 3)
     assert partitioned.own_partition(model.weight) is model.weight
     with partitioned.prefetched_released(torch.optim.SGD(model.parameters())), partitioned.prefetched_released(None):
-        pass
+        partitioned.forget_fetch_order(torch.optim.SGD(model.parameters()))
 
 
 def test_a_partitioned_parameter_is_recognised_without_deepspeed():
