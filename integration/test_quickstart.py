@@ -20,7 +20,8 @@ from tests.support.launching import launch_module, output_of
 from tests.support.ranks import ROOT
 
 RECIPE = yaml.safe_load((ROOT / "recipes/quickstart/train.yaml").read_text())
-STEPS, SAVED = RECIPE["training"]["max_steps"], 100
+STEPS, SAVED = 40, 30
+"""Steps that every-day tests run of the recipe's, and at which one they save: the loss falls most at the beginning."""
 SUMMARY = re.compile(
     r"tp=2 dp=2 ZeRO-1, 28/28 linears sharded, embedding and head vocab-parallel, (\d+)% of the parameters per rank"
 )
@@ -47,7 +48,8 @@ def into(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    return folder, launch([*quickstart_command(), *into(folder), f"training.save_steps={SAVED}"])
+    short = [f"training.max_steps={STEPS}", f"training.save_steps={SAVED}"]
+    return folder, launch([*quickstart_command(), *into(folder), *short])
 
 
 def test_it_says_what_was_sharded_and_no_rank_holds_more_than_52_percent(quickstart):
@@ -57,16 +59,26 @@ def test_it_says_what_was_sharded_and_no_rank_holds_more_than_52_percent(quickst
     assert RECIPE["tokenizer"]["build_vocab_size"] % 2, "the vocabulary is one that tp does not divide"
 
 
-def test_the_loss_falls_by_two_nats_from_about_ln_v(quickstart):
+def test_the_loss_falls_from_about_ln_v(quickstart):
     _, log = quickstart
-    (report,) = re.findall(r"110 steps in \d+ s, loss ([\d.]+) -> ([\d.]+), held-out loss ([\d.]+) -> ([\d.]+)", log)
+    assert_falls(log, STEPS, 1.2)
+    assert "100%|" in log, "a progress bar"
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_whole_recipe_falls_by_two_nats(tmp_path):
+    assert_falls(launch([*quickstart_command(), *into(tmp_path)]), RECIPE["training"]["max_steps"], 2)
+
+
+def assert_falls(log: str, steps: int, nats: float) -> None:
+    line = rf"{steps} steps in \d+ s, loss ([\d.]+) -> ([\d.]+), held-out loss ([\d.]+) -> ([\d.]+)"
+    (report,) = re.findall(line, log)
     first, last, first_held_out, last_held_out = map(float, report)
     uniform = math.log(RECIPE["tokenizer"]["build_vocab_size"])
     assert first == pytest.approx(uniform, abs=0.5)
     assert first_held_out == pytest.approx(uniform, abs=0.5)
-    assert first - last >= 2
-    assert first_held_out - last_held_out >= 2
-    assert "100%|" in log, "a progress bar"
+    assert first - last >= nats
+    assert first_held_out - last_held_out >= nats
 
 
 def test_plain_transformers_loads_the_result_with_the_same_logits(quickstart):
@@ -101,6 +113,7 @@ def test_the_recipe_resumes_from_its_newest_undamaged_checkpoint(tmp_path, quick
     (damaged,) = tmp_path.glob(f"checkpoint-{STEPS}/*/rank_00001.safetensors")
     os.truncate(damaged, 1000)
     job = ["recipes/quickstart/train.yaml", f"output_dir={tmp_path}", f"model.path={folder}/from"]
+    job.append(f"training.max_steps={STEPS}")
     again = launch_module(4, "tp_plugin.finetune", [*job, "--resume", "latest-good"])
     assert SUMMARY.search(again)
     assert f"resumed a checkpoint of tp=2 dp=2 ZeRO-1 at tp=2 dp=2 ZeRO-1: step {SAVED}" in again

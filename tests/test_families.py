@@ -24,21 +24,15 @@ def whole(columns: str, row: str) -> dict:
 # heads that ranks share or use twice, packed and behind a wide norm; biases in all places
 PECULIAR = [
     {"family": "phi3", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
-    {"family": "phi3", "stage": 2, "num_key_value_heads": 1},
-    {"family": "falcon new", "stage": 1, **SIX_ON_THREE, "num_kv_heads": 3},
     {"family": "falcon new", "stage": 2, "num_kv_heads": 1},
     {"family": "olmo2", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
     {"family": "olmo2", "stage": 3, "num_key_value_heads": 1},
-    {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
-    {"family": "stablelm", "stage": 3, "qk_layernorm": True},
     {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3, "qk_layernorm": True},
     {"family": "falcon rw", "stage": 1, "attn_implementation": "eager"},
-    {"family": "falcon new", "stage": 1, "attn_implementation": "eager"},
     {"family": "falcon new", "stage": 1, "alibi": True},
-    {"family": "t5", "stage": 1, "attn_implementation": "eager"},
     {"family": "gpt2", "stage": 1, "attn_implementation": "eager", "reorder_and_upcast_attn": True},
-    *({"family": name, "stage": 1, "checkpointing": mode}
-      for name, mode in zip(CHECKPOINTED, (True, False, True, False, True), strict=True)),
+    {"family": "gpt2", "stage": 1, "checkpointing": True},
+    {"family": "bart", "stage": 1, "checkpointing": False},
     {"family": "gpt2", "stage": 1, "n_head": 5, "n_embd": 40, "extra": whole("**.attn.c_attn", "**.attn.c_proj")},
     {"family": "falcon new", "stage": 3, "num_attention_heads": 5, "hidden_size": 40, "num_kv_heads": 1,
      "extra": whole("**.query_key_value", "**.self_attention.dense")},
@@ -49,6 +43,16 @@ PECULIAR = [
     {"family": "modernbert", "stage": 1, "sparse_prediction": True},
     # a weight is read outside of its module in training only, after the guard's forwards in evaluation mode
     {"family": "gemma3n", "stage": 3},
+]  # fmt: skip
+SELDOM = [
+    {"family": "phi3", "stage": 2, "num_key_value_heads": 1},
+    {"family": "falcon new", "stage": 1, **SIX_ON_THREE, "num_kv_heads": 3},
+    {"family": "stablelm", "stage": 1, **SIX_ON_THREE, "num_key_value_heads": 3},
+    {"family": "stablelm", "stage": 3, "qk_layernorm": True},
+    {"family": "falcon new", "stage": 1, "attn_implementation": "eager"},
+    {"family": "t5", "stage": 1, "attn_implementation": "eager"},
+    *({"family": name, "stage": 1, "checkpointing": mode}
+      for name in CHECKPOINTED for mode in (True, False) if (name, mode) not in (("gpt2", True), ("bart", False))),
 ]  # fmt: skip
 FAST: dict[tuple[int, int], list[dict]] = {
     (2, 2): [{"family": name, "stage": 1} for name in ZOO] + PECULIAR + [{"family": name, "stage": 3} for name in FEW],
@@ -68,10 +72,7 @@ SLOW: dict[tuple[int, int], list[dict]] = {
     ]
     for world, tp in FAST
 }
-SLOW[2, 2] += [
-    {"family": name, "stage": 1, "checkpointing": mode}
-    for name, mode in zip(CHECKPOINTED, (False, True, False, True, False), strict=True)
-]
+SLOW[2, 2] += SELDOM
 EVERY_DAY, AT_LENGTH = Matrix(FAST, 900, LOOSER), Matrix(SLOW, 1800, LOOSER)
 
 

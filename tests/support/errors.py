@@ -48,33 +48,50 @@ def gradient_error(engine: Any, expected: dict[str, torch.Tensor]) -> float:
 
 
 def replica_error(engine: Any) -> float:
-    """Largest difference of a parameter that several ranks hold, across the whole world."""
+    """Largest difference of a parameter that several ranks hold, across the whole world.
+
+    All of them go into one exchange a group, since a collective of a small model costs more than its bytes.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     import tp_plugin.sharding
 
     mesh = tp_plugin.sharding.state_of(engine.module).mesh
+    params = list(engine.module.parameters())
+    partitioned = any(hasattr(param, "ds_id") for param in params)
+    with GatheredParameters(params) if partitioned else torch.no_grad():
+        held = [(param.detach().clone(), layout_of(param)) for param in params]
     worst = 0.0
-    for param in engine.module.parameters():
-        with GatheredParameters([param]) if hasattr(param, "ds_id") else torch.no_grad():
-            mine = param.detach().clone()
-        for group in (mesh.dp_group, mesh.tp_group):
-            layout = layout_of(param)
-            if group is None:
-                continue
-            if group is mesh.tp_group and layout is not None:
-                if not layout.shared_intervals():
-                    continue
-                full = torch.full(layout.shape, float("nan"))
-                for index, start, stop in _held(layout, mesh.tp_rank):
-                    full.narrow(layout.dim, start, stop - start).copy_(mine.narrow(layout.dim, index, stop - start))
-                low, high = full.nan_to_num(float("inf")), full.nan_to_num(float("-inf"))
-            else:
-                low, high = mine.clone(), mine.clone()
-            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
-            worst = worse(worst, float((high - low).max()))
+    if mesh.dp_group is not None:
+        worst = _spread([(mine, mine) for mine, _ in held], mesh.dp_group)
+    if mesh.tp_group is not None:
+        shared = [_shared(mine, layout, mesh.tp_rank) for mine, layout in held]
+        worst = worse(worst, _spread([bounds for bounds in shared if bounds is not None], mesh.tp_group))
     return worst
+
+
+Bounds = tuple[torch.Tensor, torch.Tensor]
+"""Smallest and largest value of each element; infinities turned around where this rank does not hold it."""
+
+
+def _spread(bounds: list[Bounds], group: Any) -> float:
+    """Largest difference of an element between the ranks of ``group``."""
+    low, high = (torch.cat([one.double().flatten() for one in side]) for side in zip(*bounds, strict=True))
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    return float((high - low).max())
+
+
+def _shared(mine: torch.Tensor, layout: Any, tp_rank: int) -> Bounds | None:
+    """What TP ranks hold together of a parameter; None if each has its own shard."""
+    if layout is None:
+        return mine, mine
+    if not layout.shared_intervals():
+        return None
+    full = torch.full(layout.shape, float("nan"))
+    for index, start, stop in _held(layout, tp_rank):
+        full.narrow(layout.dim, start, stop - start).copy_(mine.narrow(layout.dim, index, stop - start))
+    return full.nan_to_num(float("inf")), full.nan_to_num(float("-inf"))
 
 
 def _held(layout: Any, rank: int) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import pickle
+import pkgutil
 import signal
 import socket
 import sys
@@ -32,11 +33,7 @@ WARM = (  # what nearly every test uses; torch._dynamo alone takes seconds and i
     "transformers",
     "transformers.trainer",
     *(f"transformers.models.{f}.modeling_{f}" for f in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "granite")),
-    "tp_plugin",
-    *(
-        f"tp_plugin.integrations.{library}"
-        for library in ("accelerate", "deepspeed", "peft", "pytorch", "transformers", "trl")
-    ),
+    "tp_plugin.api",
 )
 GRACE_S = 30.0  # how long ranks may go on after one of them has failed before they count as hung
 
@@ -45,6 +42,7 @@ def serve(connection: Connection) -> None:
     die_with_parent(os.getppid())
     for name in WARM:
         importlib.import_module(name)
+    _import_package()
     _let_float16_run()
     gc.collect()
     gc.freeze()  # a rank's collector would walk, and copy, every object of these libraries
@@ -54,6 +52,13 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         connection.send_bytes(pickle.dumps(launch(**job)))  # plain pickles: send() would share tensors by descriptor
+
+
+def _import_package() -> None:
+    """Import what ``register()`` would import in every rank again; importing changes no library."""
+    package = importlib.import_module("tp_plugin.integrations")
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(found.name)
 
 
 def _let_float16_run() -> None:
