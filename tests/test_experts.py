@@ -54,7 +54,7 @@ SLOW: dict[tuple[int, int], list[dict]] = {
     ]
     for world, tp in FAST
 }
-EVERY_DAY, AT_LENGTH = Matrix(FAST, 900), Matrix(SLOW, 1800)
+EVERY_DAY, AT_LENGTH = Matrix(FAST, 900, steps=1), Matrix(SLOW, 1800)
 
 
 @pytest.mark.parametrize(("world", "tp", "index"), EVERY_DAY.parameters())

@@ -73,7 +73,7 @@ SLOW: dict[tuple[int, int], list[dict]] = {
     for world, tp in FAST
 }
 SLOW[2, 2] += SELDOM
-EVERY_DAY, AT_LENGTH = Matrix(FAST, 900, LOOSER), Matrix(SLOW, 1800, LOOSER)
+EVERY_DAY, AT_LENGTH = Matrix(FAST, 900, LOOSER, steps=1), Matrix(SLOW, 1800, LOOSER)
 
 
 @pytest.mark.parametrize(("world", "tp", "index"), EVERY_DAY.parameters())

@@ -115,6 +115,8 @@ def test_balanced_gives_the_first_ranks_one_more():
 def test_packed_keeps_each_block_together():
     gate_up = ShardLayout.packed((12, 4), 0, [ShardLayout.even((6, 4), 0, 2), ShardLayout.even((6, 4), 0, 2)])
     assert gate_up.parts == (((0, 3), (6, 9)), ((3, 6), (9, 12)))
+    odd = ShardLayout.packed((11, 4), 0, [ShardLayout.uneven((5, 4), 0, [3, 2]), ShardLayout.even((6, 4), 0, 2)])
+    assert odd.parts == (((0, 3), (5, 8)), ((3, 5), (8, 11)))
 
 
 @pytest.mark.parametrize(

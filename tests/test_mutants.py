@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import importlib
+from collections.abc import Callable
 
 import pytest
 
@@ -21,8 +22,16 @@ def test_a_mutant_changes_one_place_and_still_compiles(mutant: Mutant):
 def test_the_tests_of_a_mutant_exist(mutant: Mutant):
     for test in mutant.tests:
         path, _, name = test.partition("::")
-        functions = {node.name for node in ast.parse((ROOT / path).read_text()).body if hasattr(node, "name")}
-        assert name.partition("[")[0] in functions, f"{test} is gone"
+        name, _, case = name.partition("[")
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        assert hasattr(module, name), f"{test} is gone"
+        assert not case or case.removesuffix("]") in cases(getattr(module, name)), f"{test} is no case"
+
+
+def cases(test: Callable) -> list[str]:
+    """Ids of the cases of a test with one ``parametrize``."""
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
+    return [getattr(value, "id", None) or str(value) for value in mark.args[1]]
 
 
 def test_there_are_enough_and_no_two_alike():

@@ -41,7 +41,7 @@ def copy_tree(target: Path) -> None:
 def run_tests(tree: Path, tests: tuple[str, ...], timeout_s: float | None) -> tuple[int, str]:
     """Run tests in ``tree``; return pytest's exit code (a time-out counts as a failed test) and its last lines."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(tree)}
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False

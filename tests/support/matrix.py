@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.support.ranks import on_ranks
-from tests.support.train import compare, share_truths
+from tests.support.train import STEPS, compare, share_truths
 
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "grad": 1e-4, "update": 1e-4, "replicas": 0.0}
 """Largest relative errors against one process; of ``replicas`` absolute."""
@@ -17,14 +17,24 @@ Table = dict[tuple[int, int], list[dict]]
 
 
 class Matrix:
-    """``table`` of (world, tp) -> cases for :func:`tests.support.train.compare`; ``looser`` limits by family."""
+    """``table`` of (world, tp) -> cases for :func:`tests.support.train.compare`; ``looser`` limits by family.
 
-    def __init__(self, table: Table, timeout_s: float, looser: Mapping[str, dict[str, float]] | None = None) -> None:
-        self.table, self.timeout_s, self.looser = table, timeout_s, looser or {}
+    ``steps``: what each case trains. One shows a layout right; ``test_parity.py`` and the long matrices go on from it.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        timeout_s: float,
+        looser: Mapping[str, dict[str, float]] | None = None,
+        steps: int = STEPS,
+    ) -> None:
+        self.table, self.timeout_s, self.looser, self.steps = table, timeout_s, looser or {}, steps
         self.launched = functools.cache(self._launched)
 
     def _launched(self, world: int, tp: int) -> list[list[dict[str, float] | str]]:
-        return on_ranks(world, run_cases, tp, self.table[world, tp], timeout_s=self.timeout_s)
+        cases = [case | {"steps": self.steps} for case in self.table[world, tp]]
+        return on_ranks(world, run_cases, tp, cases, timeout_s=self.timeout_s)
 
     def parameters(self) -> list:
         """(world, tp, index) of every case."""

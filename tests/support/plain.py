@@ -31,7 +31,7 @@ from tests.support.plain_models import (
 )
 from tests.support.train import engine_for
 
-STEPS, CLIP = 3, 0.5
+STEPS, CLIP = 2, 0.5
 
 
 MLP = {"fc1": "colwise", "fc2": "rowwise"}

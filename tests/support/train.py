@@ -17,7 +17,7 @@ from tests.support.models import batch, make
 
 STEPS = 2
 ENGINE_OPTIONS = ("stage", "offload", "way", "zero", "extra", "checkpointing", "seeded", "gradients")
-DEFAULTS = {"heads": (4, 2), "tied": None, "optimizer": "adamw", "adapter": None}
+DEFAULTS = {"heads": (4, 2), "tied": None, "optimizer": "adamw", "adapter": None, "steps": STEPS}
 
 
 def optimizer_for(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
@@ -115,13 +115,14 @@ def share_truths(tp: int, cases: list[dict]) -> None:
 
 
 def _train_plainly(
-    dp: int, family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, adapter: str | None, **options: Any
-) -> dict:
+    dp: int, family: str, heads: tuple[int, int], tied: bool | None, optimizer: str, adapter: str | None, steps: int,
+    **options: Any,
+) -> dict:  # fmt: skip
     """One process, plain transformers: losses, clipped gradient norms, gradients of step 0, parameters after."""
     model = adapted(model_of(family, heads=heads, tied=tied, **options), adapter)
     optim = optimizer_for(model, optimizer)
     losses, norms, grads = [], [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         total = 0.0
         for pieces in micro_batches(step, dp, family):
             for data in pieces:
@@ -242,7 +243,7 @@ def reloaded(way: str, model: torch.nn.Module, tp: int, config: dict[str, Any]) 
 def compare(
     family: str, tp: int, stage: int, *, heads=(4, 2), tied=None, optimizer="adamw", offload=False, way="slot",
     zero: dict | None = None, extra: dict | None = None, checkpointing: bool | None = None, seeded: str = "alike",
-    gradients: bool = True, adapter: str | None = None, **options: Any,
+    gradients: bool = True, adapter: str | None = None, steps: int = STEPS, **options: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Train on this world's ranks, train the truth, and return the largest relative errors.
 
@@ -257,7 +258,8 @@ def compare(
     import tp_plugin
 
     dp = dist.get_world_size() // tp
-    expected = truth(dp, family=family, heads=heads, tied=tied, optimizer=optimizer, adapter=adapter, **options)
+    model_options = {"heads": heads, "tied": tied, "optimizer": optimizer, "adapter": adapter, "steps": steps}
+    expected = truth(dp, family=family, **model_options, **options)
     seed = dist.get_rank() if seeded == "by rank" else 0
     model = model_of(family, seed, heads=heads, tied=tied, **options)
     zero = (zero or {}) | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
@@ -275,7 +277,7 @@ def compare(
     assert names == [(name, id(param)) for name, param in model.named_parameters()], "names or identities changed"
     errors = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "update": 0.0, "replicas": 0.0}
     dp_rank = dist.get_rank() // tp
-    for step in range(STEPS):
+    for step in range(steps):
         total = torch.zeros(())
         for pieces in micro_batches(step, dp, family):
             loss = loss_of(engine, pieces[dp_rank], step, family)

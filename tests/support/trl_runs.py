@@ -21,7 +21,7 @@ from tests.support.configs import auto_config
 from tests.support.errors import relative, replica_error
 from tests.support.models import make, perturb
 
-STEPS, GLOBAL_ROWS, CLIP = 3, 4, 0.02
+STEPS, GLOBAL_ROWS, CLIP = 2, 4, 0.02
 DATA = {"sft": "text", "dpo": "preference", "reward": "preference"}
 PREFIXES = {"sft": "SFT", "dpo": "DPO", "reward": "Reward", "trainer": ""}
 EXACT = ("num_tokens", "num_input_tokens_seen", "epoch", "step", "learning_rate")

@@ -95,7 +95,7 @@ def save_slowly(directory, ready):
 def test_what_another_job_is_writing_stays_until_that_job_is_gone(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    other = context.Process(target=save_slowly, args=(tmp_path, ready))
+    other = context.Process(target=save_slowly, args=(tmp_path, ready), daemon=True)
     other.start()
     assert ready.wait(60)
     written(tmp_path, "new")
