@@ -67,9 +67,9 @@ def prefetched_released(optimizer: Any) -> AbstractContextManager:
 
 
 def forget_fetch_order(optimizer: Any) -> None:
-    """Make the engine of ``optimizer`` record anew in which order a forward reads parameters, to fetch them ahead.
+    """Make the engine of ``optimizer`` record again in which order a forward reads parameters, to fetch them ahead.
 
-    A model in evaluation mode may read a weight elsewhere than in training. Where it was fetched ahead of a read
-    outside of its own module, DeepSpeed does not note that read, and the weight is missing in the backward.
+    A model in evaluation mode may read a weight elsewhere than in training. Training may read it outside of its own
+    module. DeepSpeed does not note that where the weight was fetched ahead, and the weight is missing in the backward.
     """
     _answers().forget_fetch_order(optimizer)

@@ -60,7 +60,7 @@ class Net(nn.Module):
         self.inner = nn.Linear(width, 4, dtype=dtype)
         self.tied = nn.Linear(width, 4, dtype=dtype)
         self.tied.weight = self.inner.weight
-        self.register_buffer("table", torch.randn(2))
+        self.register_buffer("table", torch.randn(3, 2).t())  # not contiguous: received elsewhere, and copied
         self.register_buffer("step", torch.tensor(seed), persistent=False)
         self.register_buffer("same", torch.ones(2, dtype=torch.bool))
 

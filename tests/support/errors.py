@@ -75,7 +75,9 @@ Bounds = tuple[torch.Tensor, torch.Tensor]
 
 
 def _spread(bounds: list[Bounds], group: Any) -> float:
-    """Largest difference of an element between the ranks of ``group``."""
+    """Largest difference of an element between the ranks of ``group``, which hold the same tensors."""
+    if not bounds:
+        return 0.0
     low, high = (torch.cat([one.double().flatten() for one in side]) for side in zip(*bounds, strict=True))
     dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)

@@ -167,8 +167,11 @@ def wide(**options):
 
 
 def memory_of_exports():
-    """By ZeRO stage: the most bytes of tensors this rank held beside its own during an export, by the bucket's."""
-    found = {}
+    """By ZeRO stage: the most bytes of tensors this rank held beside its own during an export, by the bucket's.
+
+    "wrong" lists tensors of the first rank's files that are not the model's: most of them came in several buckets.
+    """
+    found: dict = {"wrong": []}
     bucket = 64 << 10
     for stage in (1, 3):
         model = wide()
@@ -189,11 +192,20 @@ def memory_of_exports():
             patch.setattr(stream, "BUCKET", bucket)
             patch.setattr(export, "_written", measured)
             tp_plugin.save_pretrained(engine, shared[0])
+            whole, saved = tp_plugin.full_state_dict(engine), files_of(shared[0])
+            found["wrong"] += [name for name, tensor in whole.items() if not torch.equal(tensor, saved[name])]
+            dist.barrier()
     return found
+
+
+def files_of(folder: str) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model."""
+    return {name: value for path in Path(folder).glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def test_a_rank_holds_a_few_buckets_beside_its_shard():
     found = on_ranks(4, memory_of_exports)
+    assert [rank["wrong"] for rank in found] == [[]] * 4
     writer, peer, *others = [rank[1] for rank in found]
     assert 1 < writer <= 2.5, "gathered shards and the full rows made of them"
     assert 0 < peer <= 1.001, "what is sent, and whether it is"
@@ -360,7 +372,7 @@ def computed(stage):
         if dist.get_rank() != 0:
             dist.barrier()
             return {}
-        found = {name: tensor for file in Path(own).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        found = files_of(own)
         dist.barrier()
     for layer in range(6):
         name = f"model.layers.{layer}.mlp"
