@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 # DeepSpeed compiles a small operation with the ninja of the environment; several processes share the cores.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
-# Without bytecode each of the hundreds of processes that tests start would compile the package anew.
+# Without bytecode each of the hundreds of processes that tests start would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv quickstart test test-unit test-matrix test-gpu test-versions scout minors durations fuzz mutants lint format

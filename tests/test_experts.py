@@ -45,8 +45,10 @@ def at_length(name: str, stage: int, world: int, tp: int) -> dict:
     return {"family": name, "stage": stage, **heads, **(REPLICAS.get(name, {}) if world > tp else {})}
 
 
+# the cases of every day too, which train one step there
 SLOW: dict[tuple[int, int], list[dict]] = {
-    (world, tp): [
+    (world, tp): FAST[world, tp]
+    + [
         case
         for stage in (0, 1, 2, 3)
         for name in SIZES | MORE

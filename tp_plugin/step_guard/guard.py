@@ -15,7 +15,8 @@ next one after :meth:`StepGuard.request`:
 3. :meth:`StepGuard._before_forward`, the follower. Compares replicas when it is their turn. Ends the
    :class:`~tp_plugin.step_guard.gradients.GradientWatch` of the step before, or starts it. First, unless a trainer's
    loss was compared: calls :meth:`StepGuard.examine` with the model's own forward, and opens the
-   :class:`~tp_plugin.step_guard.foreign_collectives.CollectiveWatch`.
+   :class:`~tp_plugin.step_guard.foreign_collectives.CollectiveWatch`. In the very first training
+   forward: makes ZeRO-3 forget the order in which forwards before it read parameters.
 4. :meth:`StepGuard._before_backbone`, a forward pre-hook of the backbone. Does the work of 2 and 3 for loops that run
    the model without its head; then no loss can be compared.
 5. The forward. Hooks of the watch note which outputs take a gradient.
