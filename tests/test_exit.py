@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.launching import ENVIRONMENT
 
 # The thread of the last collective drops its tensor, for which it needs the interpreter; the loop keeps it from it.
 PROCESSES = """
 import os, sys
 import torch, torch.distributed as dist
-import tp_plugin.mesh
+import {module}
 
 def collective(kept):
     global group
@@ -33,8 +35,13 @@ for number in range(2):
 """
 
 
-def test_a_process_that_leaves_right_after_a_collective_is_not_aborted():
+@pytest.mark.parametrize("module", ["tp_plugin.mesh", "tp_plugin.loss"])
+def test_a_process_that_leaves_right_after_a_collective_is_not_aborted(module):
     done = subprocess.run(
-        [sys.executable, "-c", PROCESSES], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROCESSES.replace("{module}", module)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.split() == ["0"] * 2, done.stderr

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from tp_plugin import exit_pause  # noqa: F401
+
 
 @dataclasses.dataclass
 class Record:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import os
-import time
 
 import torch
 import torch.distributed as dist
 
+from tp_plugin import exit_pause  # noqa: F401
 from tp_plugin.errors import TensorParallelError
 
 # tp size -> the world and the mesh of its groups: groups are never freed, so each is made once
 _MESHES: dict[int, tuple[object, ParallelMesh]] = {}
-_LAST_PAUSE_S = 0.1  # threads need microseconds, once a loaded machine runs them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,17 +183,6 @@ def _group_among(groups: list[list[int]]) -> dist.ProcessGroup:
 def bound_device() -> torch.device | None:
     """The device that the world's process group is bound to, if any."""
     return getattr(dist.group.WORLD, "bound_device_id", None)
-
-
-@atexit.register  # on import, so it runs after the functions that scripts register
-def _let_threads_finish() -> None:
-    """Give gloo's threads the interpreter once more before it is torn down, where they would abort the process.
-
-    They need it to drop the tensors of the last collectives. Otherwise the process ends with "terminate called without
-    an active exception" and exit code -6, and the launcher ends ranks that may still be saving. After
-    ``destroy_process_group`` the threads still run while a mesh or a :class:`VocabShard` refers to their group.
-    """
-    time.sleep(_LAST_PAUSE_S)
 
 
 def check_world(tp_size: int) -> None:

@@ -23,7 +23,8 @@ class Name:
     """A name of another library that a file of ours relies on.
 
     Attributes:
-        owner: the module or class that has it, or "module:Class" for one that some versions lack.
+        owner: the module or class that has it; "module:Class" for one that some versions lack, or that is not to be
+            imported before it is checked.
         name, parameters, why: see :func:`tp_plugin.integrations.contract.contract`.
         make: our replacement, made of the raw attribute (see :meth:`Patches.replace`); None leaves the original.
         since: the first version that has it, where older ones need none; "" where all must have it.

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tp_plugin.integrations.contract import contract
 from tp_plugin.integrations.features import SLOT
 from tp_plugin.integrations.upstream import Upstream
 
@@ -24,23 +23,16 @@ SHAPE = "ds_shape"
 MODULE_ATTRIBUTES = ("ds_", "applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn", "_external_params")
 """Beginnings of the names of attributes that ZeRO-3 sets on modules; they are no state of a model's own."""
 _CHECKPOINT_EVENTS = ("checkpoint_event_prologue", "checkpoint_event_epilogue")
+_STAGE3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_OFFLOAD = "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload"
+_COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator"
+_ORDER = "the guard's forwards must not decide what is fetched ahead in training"
 upstream = Upstream(SLOT)
-
-
-@upstream.also
-def _check_optimizer() -> None:
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-
-    for name in _CHECKPOINT_EVENTS:
-        contract(DeepSpeedZeroOptimizer_Stage3, name, [], "prefetched parameters are released by it before an export")
-    for owner, name in (
-        (DeepSpeedZeRoOffload, "get_param_coordinator"),
-        (PartitionedParameterCoordinator, "is_invalid_trace"),
-        (PartitionedParameterCoordinator, "_invalidate_trace"),
-    ):
-        contract(owner, name, [], "the guard's forwards must not decide what is fetched ahead in training")
+for _event in _CHECKPOINT_EVENTS:
+    upstream.needs(_STAGE3, _event, [], "prefetched parameters are released by it before an export")
+upstream.needs(_OFFLOAD, "get_param_coordinator", [], _ORDER)
+upstream.needs(_COORDINATOR, "is_invalid_trace", [], _ORDER)
+upstream.needs(_COORDINATOR, "_invalidate_trace", [], _ORDER)
 
 
 # ---- answers to tp_plugin.partitioned -------------------------------------------------------------------------------
