@@ -1,5 +1,5 @@
 # make quickstart   a Llama trained tensor parallel on four CPU processes, from nothing
-# make test         every test that runs without an accelerator, but the long matrices: 17 minutes on two cores
+# make test         every test that runs without an accelerator, but the long matrices: ten minutes on two quiet cores
 # make test-unit    those that start no other process: two minutes
 # make test-matrix  the long matrices, and every script by its real launcher: hours
 # make test-gpu     those that need an accelerator

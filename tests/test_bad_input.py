@@ -245,6 +245,26 @@ def compiled_before():
     initialise(torch.compile(make("Llama"), backend="aot_eager"), trained=False)
 
 
+def dtensors():
+    """As transformers' tp_plan or FSDP leaves a model."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    model = make("Llama")
+    whole = model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)]))
+    initialise(model)
+
+
+def shards_of_autotp():
+    """As DeepSpeed's AutoTP leaves a layer."""
+    from deepspeed.module_inject.layers import LinearLayer
+
+    model = make("Llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = LinearLayer(mlp.up_proj, dist.group.WORLD, name="up_proj")
+    initialise(model)
+
+
 def two_degrees_given():
     try:
         tp_plugin.register(tp_plugin.TensorParallelConfig(tp_size=4))
@@ -301,6 +321,8 @@ TWO = {
     "foreign_mpu": r"mpu= \(Module\) cannot be compared.*leave mpu= out",
     "gradient_before": r"has a gradient already; shard before the first backward",
     "on_meta": r"is on the meta device; load the weights before sharding",
+    "dtensors": r"'lm_head\.weight' is a shard already, of a DTensor \(transformers' tp_plan",
+    "shards_of_autotp": r"up_proj\.weight' is a shard already, of DeepSpeed's AutoTP or Megatron; build or load",
     "compiled_before": r"compiled already; compile it after sharding",
     "two_degrees_given": r"register\(\) was given tp_size=4.*autotp_size=2; set it in the DeepSpeed config only",
 }

@@ -26,6 +26,8 @@ def unmet_precondition(model: nn.Module, *, unread: bool = False) -> str | None:
                 "the model was built under deepspeed.zero.Init, which uses the wrong group; call "
                 "tp_plugin.register() before, or build it outside of deepspeed.zero.Init."
             )
+        if (owner := _sharded_by(param)) is not None:
+            return f"parameter {name!r} is a shard already, of {owner}; build or load the model without it."
         if param.is_meta and not unread:
             return f"parameter {name!r} is on the meta device; load the weights before sharding."
         if param.grad is not None:
@@ -48,6 +50,15 @@ def unmet_precondition(model: nn.Module, *, unread: bool = False) -> str | None:
             )
         if type(module).__name__ == "OptimizedModule":
             return "the model is compiled already; compile it after sharding (or let the Trainer do it)."
+    return None
+
+
+def _sharded_by(param: nn.Parameter) -> str | None:
+    """Whose shard ``param`` is: its type or mark says; None if it is whole, as far as can be seen."""
+    if any(kind.__name__ == "DTensor" for kind in type(param).__mro__):
+        return "a DTensor (transformers' tp_plan or distributed_config, or FSDP)"
+    if getattr(param, "tensor_model_parallel", False):
+        return "DeepSpeed's AutoTP or Megatron"
     return None
 
 

@@ -1,6 +1,7 @@
 """Accelerate's ways to lose DeepSpeed or tensor parallelism: refused in one sentence on every rank, or made right."""
 
 import json
+import os
 
 import pytest
 from accelerate import Accelerator, ParallelismConfig
@@ -30,11 +31,13 @@ def launched(tmp_path):
 
 def make(**how):
     tp_plugin.register()
-    if how.pop("parallelism", False):
-        how["parallelism_config"] = ParallelismConfig(tp_size=2)
+    if "parallelism" in how:
+        how["parallelism_config"] = ParallelismConfig(**{"tp_size": 2} | how.pop("parallelism"))
     if "plugin" in how:
         how["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=how.pop("plugin"))
     accelerator = Accelerator(**how)
+    assert accelerator.parallelism_config is None
+    assert "PARALLELISM_CONFIG_TP_SIZE" not in os.environ or os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
     return accelerator.distributed_type, accelerator.state.num_processes, accelerator.device.type
 
 
@@ -42,15 +45,41 @@ def test_deepspeed_on_cpu_knows_its_processes(launched):
     assert on_ranks(2, make, env=launched) == [(DistributedType.DEEPSPEED, 2, "cpu")] * 2
 
 
-@pytest.mark.parametrize(
+WAYS = pytest.mark.parametrize(
     ("how", "env"),
-    [({}, PARALLELISM), ({"parallelism": True}, {}), ({"parallelism": True, "plugin": CONFIG}, {})],
+    [({}, PARALLELISM), ({"parallelism": {}}, {}), ({"parallelism": {}, "plugin": CONFIG}, {})],
     ids=["environment", "argument", "plugin"],
 )
-def test_a_parallelism_config_beside_deepspeed_is_refused(launched, how, env):
-    errors = errors_on_ranks(2, make, env=({} if "plugin" in how else launched) | env, **how)
-    for error in errors:
+
+
+@WAYS
+def test_a_parallelism_config_of_the_same_degree_is_the_engines(launched, how, env):
+    """accelerate would make a device mesh and shard or deal data by it."""
+    found = on_ranks(2, make, env=({} if "plugin" in how else launched) | env, **how)
+    assert found == [(DistributedType.DEEPSPEED, 2, "cpu")] * 2
+
+
+@WAYS
+def test_a_parallelism_config_of_another_degree_is_refused(launched, how, env):
+    how, env = dict(how), dict(env)
+    if env:
+        env["PARALLELISM_CONFIG_TP_SIZE"] = "4"
+    else:
+        how["parallelism"] = {"tp_size": 4}
+    for error in errors_on_ranks(2, make, env=({} if "plugin" in how else launched) | env, **how):
+        assert "tp_size=4 of accelerate's ParallelismConfig" in error
+        assert "whose config has the degree 2" in error
+
+
+def test_a_parallelism_config_beside_no_degree_is_refused(tmp_path, launched):
+    (tmp_path / "ds.json").write_text(json.dumps(CONFIG | {"tensor_parallel": {}}))
+    for error in errors_on_ranks(2, make, env=launched | PARALLELISM):
         assert '"tensor_parallel": {"autotp_size": 2} in the DeepSpeed config' in error
+
+
+def test_parallelism_over_the_sequence_is_refused(launched):
+    for error in errors_on_ranks(2, make, env=launched | PARALLELISM | {"PARALLELISM_CONFIG_CP_SIZE": "2"}):
+        assert "cp_size=2 of accelerate's ParallelismConfig cannot be had beside" in error
 
 
 @pytest.mark.parametrize(("how", "env"), [({"cpu": True}, {}), ({}, {"ACCELERATE_USE_CPU": "true"})])

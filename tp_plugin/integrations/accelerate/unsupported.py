@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -22,8 +23,9 @@ from tp_plugin.integrations.features import ACCELERATE
 from tp_plugin.integrations.upstream import Upstream
 
 upstream = Upstream(ACCELERATE)
-_DROPPED = "a tp_size that DeepSpeed does not see, and a DeepSpeed that is dropped, are refused there"
+_DROPPED = "a tp_size that DeepSpeed has not, and a DeepSpeed that is dropped, are refused there"
 TRIPWIRE = "tp_plugin.register()"
+_USED = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
 @upstream.also
@@ -36,12 +38,11 @@ def _check_arguments() -> None:
 
 @upstream.patch(Accelerator, "__init__", None, _DROPPED)
 def _init(original: Callable[..., None], self: Accelerator, *args: Any, **kwargs: Any) -> None:
-    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-    plugins = given.get("deepspeed_plugin") or given.get("deepspeed_plugins")
-    if uses_deepspeed() or plugins:
-        refuse_parallelism_config(given.get("parallelism_config") or given.get("torch_tp_plugin"))
+    bound = inspect.signature(original).bind(self, *args, **kwargs)
+    plugins = bound.arguments.get("deepspeed_plugin") or bound.arguments.get("deepspeed_plugins")
     wanted = _degree_wanted(plugins)
-    original(self, *args, **kwargs)
+    with _one_degree(bound.arguments, wanted) if uses_deepspeed() or plugins else contextlib.nullcontext():
+        original(*bound.args, **bound.kwargs)
     if wanted > 1 and self.distributed_type != DistributedType.DEEPSPEED:
         raise TensorParallelError(
             f"tensor_parallel.autotp_size is {wanted} but accelerate has dropped DeepSpeed for "
@@ -59,16 +60,53 @@ def _read_config(original: Callable[..., None], self: Any, config_file_or_dict: 
     self.config = with_degree(self.config)  # a copy of the caller's
 
 
-def refuse_parallelism_config(given: Any) -> None:
-    """Raise if a ParallelismConfig, or the environment it reads, asks for tensor parallelism beside DeepSpeed."""
-    size = getattr(given, "tp_size", None)
-    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
-    if size is not None and size > 1:
+@contextlib.contextmanager
+def _one_degree(arguments: dict[str, Any], degree: int) -> Iterator[None]:
+    """While open, hide a ParallelismConfig, or the environment it reads, that asks for the engine's own ``degree``.
+
+    Programs that offer one key for the degree hand it to DeepSpeed and to accelerate, whose device mesh would shard
+    another time.
+
+    Raises:
+        TensorParallelError: it asks for another degree, or for parallelism over the sequence as well.
+    """
+    given = arguments.get("parallelism_config") or arguments.get("torch_tp_plugin")
+    sizes = {name: _size_asked(given, name) for name in ("tp_size", "cp_size", "sp_size")}
+    if sizes["tp_size"] == 1:
+        yield
+        return
+    refuse_other_sizes(sizes, degree)
+    for name in ("parallelism_config", "torch_tp_plugin"):
+        arguments.pop(name, None)
+    used = os.environ.pop(_USED, None)
+    try:
+        yield
+    finally:
+        if used is not None:
+            os.environ[_USED] = used
+
+
+def _size_asked(given: Any, name: str) -> int:
+    if given is None and os.environ.get(_USED, "false").lower() == "true":
+        return int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
+    return getattr(given, name, None) or 1
+
+
+def refuse_other_sizes(sizes: Mapping[str, int], degree: int) -> None:
+    """Raise if a ParallelismConfig does not ask for tensor parallelism of ``degree`` alone."""
+    size = sizes["tp_size"]
+    if size != degree:
+        has = "no degree" if degree == 1 else f"the degree {degree}"
         raise TensorParallelError(
             f"tp_size={size} of accelerate's ParallelismConfig (parallelism_config_tp_size, PARALLELISM_CONFIG_TP_SIZE)"
-            " is not seen by DeepSpeed, which would train every rank on a full replica: remove it and set "
+            f" is not seen by DeepSpeed, whose config has {has}: remove it, or set "
             f'"tensor_parallel": {{"autotp_size": {size}}} in the DeepSpeed config.'
+        )
+    other = next((name for name, value in sizes.items() if value > 1 and name != "tp_size"), None)
+    if other is not None:
+        raise TensorParallelError(
+            f"{other}={sizes[other]} of accelerate's ParallelismConfig cannot be had beside tensor parallelism of "
+            f"tp_plugin; remove it (parallelism_config_{other}, PARALLELISM_CONFIG_{other.upper()})."
         )
 
 

@@ -18,6 +18,7 @@ from transformers.integrations import deepspeed as trainer_side
 
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree, meet, sentence_of
+from tp_plugin.integrations.accelerate.degree import degree_in, tp_size_of_launch
 from tp_plugin.integrations.features import LOADING
 from tp_plugin.integrations.transformers.sharded_load import Load
 from tp_plugin.integrations.upstream import Upstream
@@ -150,7 +151,31 @@ def _from_pretrained(original: Callable[..., Any], cls: type, name: Any, *args: 
     if load is not None:
         return call() if load.reader is None else original(cls, name, *args, **kwargs)
     config = _live_config()
+    known = trainer_side.deepspeed_config()
+    _leave_out_same_degree(kwargs, tp_size_of_launch() if known is None else degree_in(known))
     return original(cls, name, *args, **kwargs) if config is None else load_sharded(call, name, config)
+
+
+def _leave_out_same_degree(options: dict[str, Any], degree: int) -> None:
+    """Drop options that ask transformers for the ``degree`` of the DeepSpeed config, with which we shard.
+
+    Programs that offer one key for the degree hand it to both; transformers would shard the model another time.
+
+    Raises:
+        TensorParallelError: they ask for another degree, or for a plan that is not the model's own.
+    """
+    plan, size, mesh = (options.get(name) for name in ("tp_plan", "tp_size", "device_mesh"))
+    if size is None and mesh is not None:
+        size = (mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh).size()
+    if degree == 1 or (plan is None and size is None):
+        return
+    if plan not in (None, "auto") or size not in (None, degree):
+        raise TensorParallelError(
+            f"from_pretrained(tp_plan={plan!r}, tp_size={size}) asks transformers for parallelism beside the degree "
+            f"{degree} of the DeepSpeed config; leave it out, or give that degree and 'auto'."
+        )
+    for option in ("tp_plan", "tp_size", "device_mesh"):
+        options.pop(option, None)
 
 
 @upstream.patch(PreTrainedModel, "_from_config", ["config"], "under a ZeRO-3 config it would partition over the world")

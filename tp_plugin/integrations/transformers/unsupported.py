@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Trainer, trainer
+from transformers import PreTrainedModel, Trainer, trainer
 
 from tp_plugin.errors import TensorParallelError
 from tp_plugin.integrations.accelerate.degree import degree_in, tp_size
@@ -18,6 +18,9 @@ from tp_plugin.integrations.features import TRAINER
 from tp_plugin.integrations.upstream import Upstream
 
 upstream = Upstream(TRAINER)
+_DEGREE, _MESH = "_tp_size", "_device_mesh"
+for _mark in (_DEGREE, _MESH):
+    upstream.needs(PreTrainedModel, _mark, None, "programs mark a model by it; Trainer would prepare no engine then")
 
 LIGER = (
     "use_liger_kernel=True replaces forwards of layers that tensor parallelism shards; leave it off (the loss of a "
@@ -31,13 +34,17 @@ FINDING = (
 
 def refuse_arguments(args: Any) -> None:
     """Raise TensorParallelError on every rank for options in a run's ``TrainingArguments``."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is None or degree_in(plugin.deepspeed_config) == 1:
+    if _degree_of(args) == 1:
         return
     for option, why in (("use_liger_kernel", LIGER), ("auto_find_batch_size", FINDING)):
         if getattr(args, option, False):
             raise TensorParallelError(why)
-    refuse_config(plugin.deepspeed_config, degree_in(plugin.deepspeed_config))
+    refuse_config(args.deepspeed_plugin.deepspeed_config, _degree_of(args))
+
+
+def _degree_of(args: Any) -> int:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return 1 if plugin is None else degree_in(plugin.deepspeed_config)
 
 
 @upstream.patch(Trainer, "__init__", ["model", "args"], "options are refused there")
@@ -45,6 +52,9 @@ def _init(
     original: Callable[..., None], self: Trainer, model: Any = None, args: Any = None, *more: Any, **options: Any
 ) -> None:
     refuse_arguments(args)
+    if getattr(model, _DEGREE, None) == _degree_of(args) > 1:
+        setattr(model, _DEGREE, None)  # the engine's degree, which other keys of the program gave, too
+        setattr(model, _MESH, None)
     original(self, model, args, *more, **options)
 
 
