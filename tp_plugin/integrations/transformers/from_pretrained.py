@@ -172,7 +172,7 @@ def _leave_out_same_degree(options: dict[str, Any], degree: int) -> None:
     if plan not in (None, "auto") or size not in (None, degree):
         raise TensorParallelError(
             f"from_pretrained(tp_plan={plan!r}, tp_size={size}) asks transformers for parallelism beside the degree "
-            f"{degree} of the DeepSpeed config; leave it out, or give that degree and 'auto'."
+            f"{degree} of the DeepSpeed config; give that degree and 'auto', or none."
         )
     for option in ("tp_plan", "tp_size", "device_mesh"):
         options.pop(option, None)
