@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -117,11 +118,19 @@ def failing_together() -> Iterator[None]:
         shared = TensorParallelError(f"{sentence} [on rank {rank}]")
     elif shared is None:
         shared = pickle.loads(data)
-        shared.add_note(f"raised on rank {rank}")
+        add_note(shared, f"raised on rank {rank}")
     known_failures.append(shared)
     if shared is failure:
         raise shared
     raise shared from failure
+
+
+def add_note(failure: BaseException, text: str) -> None:
+    """Show ``text`` under the message of an exception."""
+    if sys.version_info >= (3, 11):
+        failure.add_note(text)
+    elif failure.args and isinstance(failure.args[0], str):
+        failure.args = (f"{failure.args[0]}\n{text}", *failure.args[1:])
 
 
 def _pickled(failure: Exception) -> bytes | None:

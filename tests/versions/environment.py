@@ -13,7 +13,7 @@ from tests.support.ranks import ROOT
 from tests.versions.sets import VersionSet
 
 TOOLS = ("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "datasets>=3", "packaging", "pyyaml", "safetensors", "numpy")
-BUILD = ("pip", "hatchling", "setuptools", "wheel", "ninja", "packaging", "numpy")
+BUILD = ("pip", "hatchling", "editables", "setuptools", "wheel", "ninja", "packaging", "numpy")
 """Installed before DeepSpeed, which pip builds from source beside torch."""
 _STAMP = "built.json"
 
@@ -26,7 +26,7 @@ def build(one: VersionSet, folder: Path, fresh: bool = False) -> Path:
     if not fresh and stamp.exists() and json.loads(stamp.read_text()) == wanted:
         return place / "bin" / "python"
     shutil.rmtree(place, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    subprocess.run([interpreter(one), "-m", "venv", place], check=True)
     python = place / "bin" / "python"
     _install(python, *BUILD)
     index = os.environ.get("TORCH_INDEX")
@@ -36,6 +36,14 @@ def build(one: VersionSet, folder: Path, fresh: bool = False) -> Path:
     _install(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     stamp.write_text(json.dumps(wanted))
     return python
+
+
+def interpreter(one: VersionSet) -> str:
+    """The Python that the set asks for, if the search path has one that runs; else this process's own."""
+    found = shutil.which(f"python{one.needs}") if one.needs else None
+    if found and not subprocess.run([found, "--version"], capture_output=True, check=False).returncode:
+        return found
+    return sys.executable
 
 
 def _install(python: Path, *arguments: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, add_note
 from tp_plugin.layers import VocabParallelHead
 from tp_plugin.lazy import materialise_outputs
 from tp_plugin.mesh import ParallelMesh
@@ -159,4 +159,4 @@ class _Share:
         failure = sys.exc_info()[1] if output is None else None
         if isinstance(failure, RuntimeError) and re.search("shape|size", str(failure)) and not hasattr(failure, SHARE):
             setattr(failure, SHARE, self.sentence)
-            failure.add_note(f"tp_plugin: {self.sentence}.")
+            add_note(failure, f"tp_plugin: {self.sentence}.")
