@@ -189,6 +189,7 @@ class Reader:
         entry = self._entries[name]
         row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         aligned = entry.start % entry.dtype.itemsize == 0
+        columns = (slice(None), *index[1:])
         for first, piece in _rows(out, row):
             start = entry.start + (index[0].start + first) * row
             shape = (piece.shape[0], *entry.shape[1:])
@@ -197,7 +198,7 @@ class Reader:
             else:  # misaligned by another writer: torch maps aligned elements only
                 whole = torch.empty(shape, dtype=entry.dtype)
                 self._pread(whole, entry.file, start)
-            piece.copy_(whole[(slice(None), *index[1:])])
+            piece.copy_(whole[columns])
             del whole
             if aligned:
                 self._release(entry.file, start, piece.shape[0] * row)
