@@ -19,8 +19,9 @@ from tp_plugin.integrations.upstream import Upstream
 
 upstream = Upstream(TRAINER)
 _DEGREE, _MESH = "_tp_size", "_device_mesh"
-for _mark in (_DEGREE, _MESH):
-    upstream.needs(PreTrainedModel, _mark, None, "programs mark a model by it; Trainer would prepare no engine then")
+_MARKED = "programs mark a model by it; Trainer would prepare no engine then"
+upstream.needs(PreTrainedModel, _DEGREE, None, _MARKED)
+upstream.needs(PreTrainedModel, _MESH, None, _MARKED, since="5.15")
 
 LIGER = (
     "use_liger_kernel=True replaces forwards of layers that tensor parallelism shards; leave it off (the loss of a "
