@@ -28,12 +28,12 @@ def build(one: VersionSet, folder: Path, fresh: bool = False) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([interpreter(one), "-m", "venv", place], check=True)
     python = place / "bin" / "python"
-    _install(python, *BUILD)
+    install(python, *BUILD)
     index = os.environ.get("TORCH_INDEX")
-    _install(python, one.torch_requirement, *(["--index-url", index] if index else []))
+    install(python, one.torch_requirement, *(["--index-url", index] if index else []))
     # the torch that is there stays: its requirement is given again
-    _install(python, "--no-build-isolation", one.torch_requirement, *one.libraries, *TOOLS)
-    _install(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    install(python, "--no-build-isolation", one.torch_requirement, *one.libraries, *TOOLS)
+    install(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     stamp.write_text(json.dumps(wanted))
     return python
 
@@ -46,7 +46,8 @@ def interpreter(one: VersionSet) -> str:
     return sys.executable
 
 
-def _install(python: Path, *arguments: str) -> None:
+def install(python: Path, *arguments: str) -> None:
+    """Call pip; raises RuntimeError with the end of what it says if it fails."""
     command = [python, "-m", "pip", "install", "--quiet", *arguments]
     done = subprocess.run(command, env=os.environ | {"DS_BUILD_OPS": "0"}, capture_output=True, text=True, check=False)
     if done.returncode:

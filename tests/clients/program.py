@@ -1,0 +1,96 @@
+"""A program that people fine-tune with: what it is made of, and its command for a case."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STEPS, ROWS, RATE = 4, 4, 1e-3
+"""Optimizer steps, rows of a global batch, and the learning rate of every case."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One training of a program.
+
+    Attributes:
+        kind: what it trains: a key of :attr:`Program.kinds`.
+        world: its processes.
+        tp: the degree that its configuration asks for; 1 is one plain process without DeepSpeed.
+        ours: whether tp_plugin is asked for; DeepSpeed's AutoTP answers otherwise.
+    """
+
+    kind: str
+    world: int = 1
+    tp: int = 1
+    ours: bool = True
+
+    @property
+    def name(self) -> str:
+        """A word for folders and the table."""
+        if self.tp == 1:
+            return f"{self.kind}-one"
+        return f"{self.kind}-{'ours' if self.ours else 'autotp'}-tp{self.tp}xdp{self.world // self.tp}"
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a batch of one replica, so that replicas share what one process takes."""
+        return ROWS * self.tp // self.world
+
+
+Command = Callable[[Path, Case, Path], list[str]]
+"""Writes a program's configuration and returns its command, of the folder of the inputs, a case and its output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """How a program is installed and called.
+
+    Attributes:
+        name: as people write it.
+        package: its requirement; installed without its own requirements, which ``needs`` names as far as texts need them.
+        of: the set of tests/versions/sets.toml that has the libraries it pins.
+        needs: more requirements.
+        kinds: what is trained, by name.
+        environment: variables of the command, by case.
+    """
+
+    name: str
+    package: str
+    of: str
+    needs: tuple[str, ...]
+    kinds: dict[str, Command]
+    environment: Callable[[Case], dict[str, str]]
+
+
+def write_inputs(folder: Path) -> None:
+    """Write a small Llama with random weights, its tokenizer, and chats and preferences as JSON files."""
+    from tests.support import chat, tiny
+
+    model = tiny.model()
+    model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = 2, 3, 0
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 2, 3
+    model.save_pretrained(folder / "model")
+    chat.tokenizer().save_pretrained(folder / "model")
+    draw, asked, preferred, messages = random.Random(0), [], [], []
+    for _ in range(ROWS * STEPS * 2):
+        prompt, good, bad = (chat.words(draw, 3, 7) for _ in range(3))
+        asked.append({"instruction": prompt, "input": "", "output": good})
+        preferred.append({"instruction": prompt, "input": "", "chosen": good, "rejected": bad})
+        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]
+        messages.append({"messages": said, "rejected_response": bad})
+    for name, rows in {"asked": asked, "preferred": preferred, "messages": messages}.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+def deepspeed_config(stage: int, tp: int, **more: Any) -> dict[str, Any]:
+    """A DeepSpeed config as these programs ship it, with a degree."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config: dict[str, Any] = dict.fromkeys(sizes, "auto")
+    config |= {"zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    return config | {"zero_optimization": zero, "tensor_parallel": {"autotp_size": tp}} | more
