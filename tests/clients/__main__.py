@@ -10,12 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from tests.clients import llamafactory, run, swift
+from tests.clients import axolotl, llamafactory, run, swift
 from tests.clients.program import Program
 from tests.versions.__main__ import ENVIRONMENTS
 
 RESULTS = Path(__file__).parent / "results.json"
-PROGRAMS: dict[str, Program] = {"llamafactory": llamafactory.PROGRAM, "ms-swift": swift.PROGRAM}
+PROGRAMS: dict[str, Program] = {"llamafactory": llamafactory.PROGRAM, "ms-swift": swift.PROGRAM, "axolotl": axolotl.PROGRAM}
 
 
 def main(arguments: list[str] | None = None) -> int:

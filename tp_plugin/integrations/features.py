@@ -164,3 +164,10 @@ FUSED_HEAD = Feature(
     "train by HF Trainer",
     places=("trl.trainer.utils:add_fused_lm_head",),
 )
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+AXOLOTL = Feature(
+    "saving what axolotl trained", "axolotl", "save checkpoints while it trains (save_steps)",
+    places=("axolotl.train:save_trained_model",),
+)  # fmt: skip

@@ -27,7 +27,8 @@ class Room:
         parts: the modules in it (or full names), in the order of installing, with the feature that their import makes
             possible.
         waits: the library is slow to import or optional. A part then has ``MODULE``, a module of the library, and
-            ``declare(module)``, which returns its :class:`Upstream`; it is installed when that module is imported.
+            ``declare(module)``, which returns its :class:`Upstream`; it is installed when that module is imported. The
+            part of a program names its owners as text, and is declared with None where it is not installed.
         otherwise: called where a feature is broken, after the others are installed.
     """
 
@@ -73,9 +74,10 @@ class Room:
         return list(dict.fromkeys(self._features.values()))
 
     def declarations(self) -> list[Upstream]:
-        """Every declaration, for documentation and checks; imports the library."""
+        """Every declaration, for documentation and checks; imports the library if it is installed."""
         if self._waits:
-            return [self._part(part).declare(importlib.import_module(name)) for name, part in self._awaited().items()]
+            bring = importlib.import_module if find_spec(self.library) is not None else lambda name: None
+            return [self._part(part).declare(bring(name)) for name, part in self._awaited().items()]
         return [one for part in self._parts() for one in declared_in(part)]
 
     def check(self) -> None:

@@ -29,8 +29,9 @@ WHOLE = {
     "transformers": "5.23",
     "peft": "0.21",
     "trl": "1.16",
+    "axolotl": "0.19",
 }
-"""A version of each library with which no feature is lost: that of constraints.txt."""
+"""A version of each library with which no feature is lost: that of constraints.txt, or a program's that was run."""
 
 
 @functools.cache  # reading it takes 10 ms

@@ -1,0 +1,69 @@
+"""axolotl: ``axolotl train x.yaml``, with ``tensor_parallel_size: 2`` beside a ``deepspeed:`` file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_config
+
+COMMON = {
+    "tokenizer_type": "AutoTokenizer", "val_set_size": 0, "sequence_len": 64, "pad_to_sequence_len": False,
+    "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": RATE, "optimizer": "adamw_torch",
+    "lr_scheduler": "cosine", "bf16": False, "fp16": False, "tf32": False, "logging_steps": 1, "save_only_model": True,
+    "special_tokens": {"pad_token": "<pad>"}, "seed": 42,
+}  # fmt: skip
+LORA = {
+    "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_linear": True,
+    # Triton kernels for GPUs, and forwards that bypass sharded layers
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
+}  # fmt: skip
+PREFERENCES = {"rl": "dpo", "remove_unused_columns": False}
+
+
+def _trains(kind: str, file: str, **more: object) -> Command:
+    def made(inputs: Path, case: Case, output: Path) -> list[str]:
+        dataset = {"path": str(inputs / f"{file}.json"), "ds_type": "json", "type": kind}
+        config = COMMON | {
+            "base_model": str(inputs / "model"), "output_dir": str(output), "datasets": [dataset],
+            "dataset_prepared_path": str(output / "prepared"), "micro_batch_size": case.micro_batch,
+        } | more  # fmt: skip
+        command = ["axolotl", "train", str(output / "train.yaml")]
+        if case.tp > 1:
+            path = output / "deepspeed.json"
+            without = deepspeed_config(1, case.tp)
+            del without["tensor_parallel"]  # axolotl puts it in
+            path.write_text(json.dumps(without))
+            config |= {"deepspeed": str(path), "tensor_parallel_size": case.tp}
+            command += ["--launcher", "torchrun", "--", "--nproc_per_node", str(case.world)]
+        Path(command[2]).write_text(yaml.safe_dump(config))
+        return command
+
+    return made
+
+
+def _environment(case: Case) -> dict[str, str]:
+    return {"AXOLOTL_DO_NOT_TRACK": "1"} | ({"CLIENTS_CPU_MESH": "1"} if case.world > 1 else {})
+
+
+PROGRAM = Program(
+    name="axolotl 0.19.0",
+    package="axolotl==0.19.0",
+    of="axolotl-0.19",
+    needs=(
+        "datasets==4.8.4", "kernels<0.17.0,>=0.16.0", "hf_transfer", "sentencepiece", "pydantic==2.12.5", "addict",
+        "fire", "requests", "einops", "colorama", "numba<1.0,>=0.63.1", "typer==0.25.1", "evaluate==0.4.1", "scipy",
+        "nvidia-ml-py", "art", "tensorboard", "python-dotenv", "zstandard", "fastcore", "langdetect", "immutabledict",
+        "antlr4-python3-runtime==4.13.2", "schedulefree==1.4.1", "axolotl-contribs-lgpl==0.0.7",
+        "axolotl-contribs-mit==0.0.6", "posthog", "mistral-common==1.11.5", "wandb", "bitsandbytes==0.50.2", "triton",
+    ),
+    kinds={
+        "SFT, full": _trains("alpaca", "asked"),
+        "SFT, LoRA": _trains("alpaca", "asked", **LORA),
+        "SFT, packed": _trains("alpaca", "asked", sample_packing=True, pad_to_sequence_len=True),
+        "DPO, LoRA": _trains("chat_template.argilla_chat", "chosen", **LORA, **PREFERENCES),
+    },
+    environment=_environment,
+)  # fmt: skip
