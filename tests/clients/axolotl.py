@@ -15,6 +15,7 @@ COMMON = {
     "lr_scheduler": "cosine", "bf16": False, "fp16": False, "tf32": False, "logging_steps": 1, "save_only_model": True,
     "special_tokens": {"pad_token": "<pad>"}, "seed": 42,
 }  # fmt: skip
+# its first weights are random from run to run, so it goes on from an adapter
 LORA = {
     "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_linear": True,
     # Triton kernels for GPUs, and forwards that bypass sharded layers
@@ -30,6 +31,8 @@ def _trains(kind: str, file: str, **more: object) -> Command:
             "base_model": str(inputs / "model"), "output_dir": str(output), "datasets": [dataset],
             "dataset_prepared_path": str(output / "prepared"), "micro_batch_size": case.micro_batch,
         } | more  # fmt: skip
+        if "adapter" in config:
+            config["lora_model_dir"] = str(inputs / "adapter")
         command = ["axolotl", "train", str(output / "train.yaml")]
         if case.tp > 1:
             path = output / "deepspeed.json"

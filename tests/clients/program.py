@@ -68,7 +68,9 @@ class Program:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write a small Llama with random weights, its tokenizer, and chats and preferences as JSON files."""
+    """Write a small Llama with random weights, an adapter, its tokenizer, and chats and preferences as JSON files."""
+    import peft
+
     from tests.support import chat, tiny
 
     model = tiny.model()
@@ -76,14 +78,26 @@ def write_inputs(folder: Path) -> None:
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 2, 3
     model.save_pretrained(folder / "model")
     chat.tokenizer().save_pretrained(folder / "model")
-    draw, asked, preferred, messages = random.Random(0), [], [], []
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian"
+    )
+    adapted = peft.get_peft_model(model, lora)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    adapted.save_pretrained(folder / "adapter")
+    draw = random.Random(0)
+    asked: list[dict] = []
+    preferred: list[dict] = []
+    messages: list[dict] = []
+    chosen: list[dict] = []
     for _ in range(ROWS * STEPS * 2):
         prompt, good, bad = (chat.words(draw, 3, 7) for _ in range(3))
         asked.append({"instruction": prompt, "input": "", "output": good})
         preferred.append({"instruction": prompt, "input": "", "chosen": good, "rejected": bad})
         said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]
         messages.append({"messages": said, "rejected_response": bad})
-    for name, rows in {"asked": asked, "preferred": preferred, "messages": messages}.items():
+        pair = {"chosen": said, "rejected": [said[0], {"role": "assistant", "content": bad}]}
+        chosen.append(pair)
+    for name, rows in {"asked": asked, "preferred": preferred, "messages": messages, "chosen": chosen}.items():
         (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
