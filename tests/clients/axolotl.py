@@ -56,6 +56,7 @@ PROGRAM = Program(
     package="axolotl==0.19.0",
     of="axolotl-0.19",
     needs=(
+        "deepspeed==0.19.8",  # as axolotl 0.21 takes it; ZeRO 1 of 0.18 does not run over several gloo ranks
         "datasets==4.8.4", "kernels<0.17.0,>=0.16.0", "hf_transfer", "sentencepiece", "pydantic==2.12.5", "addict",
         "fire", "requests", "einops", "colorama", "numba<1.0,>=0.63.1", "typer==0.25.1", "evaluate==0.4.1", "scipy",
         "nvidia-ml-py", "art", "tensorboard", "python-dotenv", "zstandard", "fastcore", "langdetect", "immutabledict",
@@ -66,7 +67,7 @@ PROGRAM = Program(
         "SFT, full": _trains("alpaca", "asked"),
         "SFT, LoRA": _trains("alpaca", "asked", **LORA),
         "SFT, packed": _trains("alpaca", "asked", sample_packing=True, pad_to_sequence_len=True),
-        "DPO, LoRA": _trains("chat_template.argilla_chat", "chosen", **LORA, **PREFERENCES),
+        "DPO, full": _trains("chat_template.argilla_chat", "chosen", **PREFERENCES),
     },
     environment=_environment,
 )  # fmt: skip

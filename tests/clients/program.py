@@ -54,7 +54,7 @@ class Program:
         name: as people write it.
         package: its requirement; installed without its own requirements, which ``needs`` names as far as texts need them.
         of: the set of tests/versions/sets.toml that has the libraries it pins.
-        needs: more requirements.
+        needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.
         environment: variables of the command, by case.
     """
@@ -68,7 +68,11 @@ class Program:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write a small Llama with random weights, an adapter, its tokenizer, and chats and preferences as JSON files."""
+    """Write a small Llama with random weights, an adapter, its tokenizer, and chats and preferences as JSON files.
+
+    Answers are equally long: axolotl averages over each replica's tokens by itself, so that a mean of two replicas is
+    not that of one process otherwise.
+    """
     import peft
 
     from tests.support import chat, tiny
@@ -90,7 +94,7 @@ def write_inputs(folder: Path) -> None:
     messages: list[dict] = []
     chosen: list[dict] = []
     for _ in range(ROWS * STEPS * 2):
-        prompt, good, bad = (chat.words(draw, 3, 7) for _ in range(3))
+        prompt, good, bad = chat.words(draw, 3, 7), chat.words(draw, 5, 5), chat.words(draw, 3, 7)
         asked.append({"instruction": prompt, "input": "", "output": good})
         preferred.append({"instruction": prompt, "input": "", "chosen": good, "rejected": bad})
         said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": good}]

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from tests.clients.compare import LIMITS, Outcome, differences, outcome
 from tests.clients.program import Case, Program, write_inputs
 from tests.support.ranks import ROOT
@@ -25,7 +27,9 @@ AUTOTP = Case("", 2, 2, ours=False)
 def build(program: Program, folder: Path) -> Path:
     """The Python of the program's environment in ``folder``; it is built unless it is there."""
     of = sets()[program.of]
-    one = dataclasses.replace(of, name=f"client-{program.of}", libraries=(*of.libraries, *program.needs))
+    needed = {Requirement(one).name for one in program.needs}
+    libraries = tuple(one for one in of.libraries if Requirement(one).name not in needed)
+    one = dataclasses.replace(of, name=f"client-{program.of}", libraries=(*libraries, *program.needs))
     python = environment.build(one, folder)
     stamp = python.parent.parent / "program.txt"
     if not stamp.exists() or stamp.read_text() != program.package:
