@@ -9,6 +9,7 @@ Messages are shown from level INFO on. A handler on this logger or on the root l
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import torch.distributed as dist
@@ -27,8 +28,15 @@ def warning(message: str, *, rank0_only: bool = True) -> None:
 
 
 def _log(level: int, message: str, rank0_only: bool) -> None:
-    if not rank0_only or not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+    if not rank0_only or _rank() == 0:
         LOGGER.log(level, message)
+
+
+def _rank() -> int:
+    """The rank in the world; a launcher says it in ``RANK`` before there is a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 class _UnlessConfigured(logging.StreamHandler):

@@ -15,7 +15,11 @@ from tests.clients.program import Program
 from tests.versions.__main__ import ENVIRONMENTS
 
 RESULTS = Path(__file__).parent / "results.json"
-PROGRAMS: dict[str, Program] = {"llamafactory": llamafactory.PROGRAM, "ms-swift": swift.PROGRAM, "axolotl": axolotl.PROGRAM}
+PROGRAMS: dict[str, Program] = {
+    "llamafactory": llamafactory.PROGRAM,
+    "ms-swift": swift.PROGRAM,
+    "axolotl": axolotl.PROGRAM,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
 
-from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_config
+from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_file, recipe
 
-COMMON = {
-    "tokenizer_type": "AutoTokenizer", "val_set_size": 0, "sequence_len": 64, "pad_to_sequence_len": False,
-    "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": RATE, "optimizer": "adamw_torch",
-    "lr_scheduler": "cosine", "bf16": False, "fp16": False, "tf32": False, "logging_steps": 1, "save_only_model": True,
-    "special_tokens": {"pad_token": "<pad>"}, "seed": 42,
-}  # fmt: skip
-# its first weights are random from run to run, so it goes on from an adapter
-LORA = {
-    "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_linear": True,
-    # Triton kernels for GPUs, and forwards that bypass sharded layers
-    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False, "lora_embedding_kernel": False,
+SMALL = {
+    "tokenizer_type": "AutoTokenizer", "sequence_len": 64, "pad_to_sequence_len": False, "warmup_ratio": 0,
+    "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": RATE, "bf16": False, "fp16": False,
+    "tf32": False, "save_only_model": True, "special_tokens": {"pad_token": "<pad>"},
 }  # fmt: skip
 PREFERENCES = {"rl": "dpo", "remove_unused_columns": False}
 
 
-def _trains(kind: str, file: str, **more: object) -> Command:
+def _trains(file: str, kind: str, data: str, **more: object) -> Command:
     def made(inputs: Path, case: Case, output: Path) -> list[str]:
-        dataset = {"path": str(inputs / f"{file}.json"), "ds_type": "json", "type": kind}
-        config = COMMON | {
+        dataset = {"path": str(inputs / f"{data}.json"), "ds_type": "json", "type": kind}
+        config = recipe("axolotl", file) | SMALL | {
             "base_model": str(inputs / "model"), "output_dir": str(output), "datasets": [dataset],
             "dataset_prepared_path": str(output / "prepared"), "micro_batch_size": case.micro_batch,
+            "deepspeed": deepspeed_file(case, output), "tensor_parallel_size": case.tp,
         } | more  # fmt: skip
-        if "adapter" in config:
-            config["lora_model_dir"] = str(inputs / "adapter")
+        if "adapter" in config:  # a new one is random from run to run
+            config |= {"lora_r": 4, "lora_alpha": 8, "lora_model_dir": str(inputs / "adapter")}
         command = ["axolotl", "train", str(output / "train.yaml")]
-        if case.tp > 1:
-            path = output / "deepspeed.json"
-            without = deepspeed_config(1, case.tp)
-            del without["tensor_parallel"]  # axolotl puts it in
-            path.write_text(json.dumps(without))
-            config |= {"deepspeed": str(path), "tensor_parallel_size": case.tp}
+        if case.tp == 1:
+            del config["deepspeed"], config["tensor_parallel_size"]
+        else:
             command += ["--launcher", "torchrun", "--", "--nproc_per_node", str(case.world)]
         Path(command[2]).write_text(yaml.safe_dump(config))
         return command
@@ -64,10 +54,10 @@ PROGRAM = Program(
         "axolotl-contribs-mit==0.0.6", "posthog", "mistral-common==1.11.5", "wandb", "bitsandbytes==0.50.2", "triton",
     ),
     kinds={
-        "SFT, full": _trains("alpaca", "asked"),
-        "SFT, LoRA": _trains("alpaca", "asked", **LORA),
-        "SFT, packed": _trains("alpaca", "asked", sample_packing=True, pad_to_sequence_len=True),
-        "DPO, full": _trains("chat_template.argilla_chat", "chosen", **PREFERENCES),
+        "SFT, full": _trains("full", "alpaca", "asked"),
+        "SFT, LoRA": _trains("lora", "alpaca", "asked"),
+        "SFT, packed": _trains("full", "alpaca", "asked", sample_packing=True, pad_to_sequence_len=True),
+        "DPO, full": _trains("full", "chat_template.argilla_chat", "chosen", **PREFERENCES),
     },
     environment=_environment,
 )  # fmt: skip

@@ -51,7 +51,9 @@ def differences(one: Outcome, other: Outcome) -> dict[str, float]:
     return {
         "loss": _largest(one.losses, other.losses),
         "norm": _largest(one.norms, other.norms),
-        "weights": max(_apart(one.weights[name], other.weights[name]) for name in one.weights) if same else float("inf"),
+        "weights": max(_apart(one.weights[name], other.weights[name]) for name in one.weights)
+        if same
+        else float("inf"),
     }
 
 

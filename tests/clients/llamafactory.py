@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_config
+from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_file, recipe
 
 DATA = {
     "asked": {"file_name": "asked.json"},
@@ -18,26 +17,23 @@ DATA = {
         "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"},
     },
 }
-COMMON = {
-    "do_train": True, "template": "default", "cutoff_len": 64, "overwrite_cache": True, "logging_steps": 1,
-    "preprocessing_num_workers": 1, "overwrite_output_dir": True, "report_to": "none", "max_steps": STEPS,
-    "learning_rate": RATE, "lr_scheduler_type": "cosine", "save_only_model": True, "lora_rank": 4, "lora_target": "all",
+SMALL = {
+    "template": "default", "cutoff_len": 64, "overwrite_cache": True, "preprocessing_num_workers": 1, "bf16": False,
+    "max_steps": STEPS, "learning_rate": RATE, "warmup_ratio": 0, "save_only_model": True, "lora_rank": 4,
     "gradient_accumulation_steps": 1, "disable_gradient_checkpointing": True,
 }  # fmt: skip
 
 
-def _trains(stage: str, dataset: str, finetuning: str, **more: Any) -> Command:
+def _trains(file: str, stage: str, dataset: str, **more: object) -> Command:
     def made(inputs: Path, case: Case, output: Path) -> list[str]:
         (inputs / "dataset_info.json").write_text(json.dumps(DATA))
-        config = COMMON | {
-            "model_name_or_path": str(inputs / "model"), "stage": stage, "finetuning_type": finetuning,
-            "dataset": dataset, "dataset_dir": str(inputs), "output_dir": str(output),
-            "per_device_train_batch_size": case.micro_batch,
+        config = recipe("llamafactory", file) | SMALL | {
+            "model_name_or_path": str(inputs / "model"), "stage": stage, "dataset": dataset,
+            "dataset_dir": str(inputs), "output_dir": str(output), "per_device_train_batch_size": case.micro_batch,
+            "deepspeed": deepspeed_file(case, output),
         } | more  # fmt: skip
-        if case.tp > 1:
-            path = output / "deepspeed.json"
-            path.write_text(json.dumps(deepspeed_config(2, case.tp)))
-            config["deepspeed"] = str(path)
+        if case.tp == 1:
+            del config["deepspeed"]
         (output / "train.yaml").write_text(yaml.safe_dump(config))
         return ["llamafactory-cli", "train", str(output / "train.yaml")]
 
@@ -58,12 +54,12 @@ PROGRAM = Program(
         "tyro<0.9.0", "uvicorn", "torchdata==0.11.0",
     ),
     kinds={
-        "SFT, full": _trains("sft", "asked", "full"),
-        "SFT, LoRA": _trains("sft", "asked", "lora"),
-        "SFT, packed": _trains("sft", "asked", "full", packing=True),
-        "pre-training": _trains("pt", "asked", "full"),
-        "DPO, LoRA": _trains("dpo", "preferred", "lora"),
-        "reward model": _trains("rm", "preferred", "lora"),
+        "SFT, full": _trains("full", "sft", "asked"),
+        "SFT, LoRA": _trains("lora", "sft", "asked"),
+        "SFT, packed": _trains("full", "sft", "asked", packing=True),
+        "pre-training": _trains("full", "pt", "asked"),
+        "DPO, LoRA": _trains("lora", "dpo", "preferred"),
+        "reward model, LoRA": _trains("lora", "rm", "preferred"),
     },
     environment=_environment,
 )  # fmt: skip

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tests.support.ranks import ROOT
+
 STEPS, ROWS, RATE = 4, 4, 1e-3
 """Optimizer steps, rows of a global batch, and the learning rate of every case."""
 
@@ -105,10 +109,18 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
-def deepspeed_config(stage: int, tp: int, **more: Any) -> dict[str, Any]:
-    """A DeepSpeed config as these programs ship it, with a degree."""
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    config: dict[str, Any] = dict.fromkeys(sizes, "auto")
-    config |= {"zero_allow_untested_optimizer": True, "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
-    zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
-    return config | {"zero_optimization": zero, "tensor_parallel": {"autotp_size": tp}} | more
+def recipe(program: str, name: str) -> dict[str, Any]:
+    """What ``recipes/PROGRAM/NAME.yaml`` says."""
+    return yaml.safe_load((ROOT / "recipes" / program / f"{name}.yaml").read_text())
+
+
+def deepspeed_file(case: Case, output: Path) -> str:
+    """The recipes' DeepSpeed config of ZeRO-1; for DeepSpeed's own AutoTP a copy without what only tp_plugin reads."""
+    path = ROOT / "recipes" / "deepspeed" / "tp2_zero1.json"
+    if case.ours:
+        return str(path)
+    config = json.loads(path.read_text())
+    del config["tp_plugin"], config["tensor_parallel"]["partition_config"]
+    copy = output / "deepspeed.json"
+    copy.write_text(json.dumps(config))
+    return str(copy)

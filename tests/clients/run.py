@@ -50,7 +50,9 @@ def run(program: Program, python: Path, folder: Path, kinds: list[str]) -> dict[
         found[kind] = {"one process": _numbers(alone)}
         for case in (*SHARDED, AUTOTP):
             case = dataclasses.replace(case, kind=kind)
-            found[kind][case.name.removeprefix(f"{kind}-")] = against(alone, train(program, python, inputs, folder, case))
+            found[kind][case.name.removeprefix(f"{kind}-")] = against(
+                alone, train(program, python, inputs, folder, case)
+            )
     return found
 
 

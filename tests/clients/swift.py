@@ -1,35 +1,33 @@
-"""ms-swift: ``swift sft --model ... --deepspeed zero1 --deepspeed_autotp_size 2``."""
+"""ms-swift: ``swift sft x.yaml``, with ``deepspeed: zero1`` and ``deepspeed_autotp_size: 2``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tests.clients.program import RATE, STEPS, Case, Command, Program
+import yaml
 
-COMMON = {
-    "model_type": "llama", "template": "dummy", "torch_dtype": "float32", "max_steps": STEPS, "logging_steps": 1,
-    "learning_rate": RATE, "report_to": "none", "split_dataset_ratio": 0, "max_length": 64, "save_only_model": True,
-    "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "dataset_num_proc": 1, "add_version": False,
-    "dataloader_num_workers": 0, "lora_rank": 4, "lora_dropout": 0, "attn_impl": "sdpa", "bf16": False, "fp16": False, "use_hf": True,
+from tests.clients.program import RATE, STEPS, Case, Command, Program, recipe
+
+SMALL = {
+    "model_type": "llama", "template": "dummy", "torch_dtype": "float32", "max_steps": STEPS, "learning_rate": RATE,
+    "warmup_ratio": 0, "max_length": 64, "save_only_model": True, "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False, "dataset_num_proc": 1, "dataloader_num_workers": 0, "lora_rank": 4,
+    "add_version": False, "split_dataset_ratio": 0, "attn_impl": "sdpa", "bf16": False, "fp16": False, "use_hf": True,
 }  # fmt: skip
 
 
-def _trains(command: str, tuner: str, dataset: str, **more: object) -> Command:
+def _trains(file: str, command: str, **more: object) -> Command:
     def made(inputs: Path, case: Case, output: Path) -> list[str]:
-        options = COMMON | {
-            "model": inputs / "model", "dataset": inputs / f"{dataset}.json", "tuner_type": tuner,
-            "output_dir": output, "per_device_train_batch_size": case.micro_batch,
+        config = recipe("ms-swift", file) | SMALL | {
+            "model": str(inputs / "model"), "dataset": str(inputs / "messages.json"), "output_dir": str(output),
+            "per_device_train_batch_size": case.micro_batch, "deepspeed_autotp_size": case.tp,
         } | more  # fmt: skip
-        if case.tp > 1:
-            options |= {"deepspeed": "zero1", "deepspeed_autotp_size": case.tp}
-        return ["swift", command, *(word for key, value in options.items() for word in (f"--{key}", _word(value)))]
+        if case.tp == 1:
+            del config["deepspeed"], config["deepspeed_autotp_size"]
+        (output / "train.yaml").write_text(yaml.safe_dump(config))
+        return ["swift", command, str(output / "train.yaml")]
 
     return made
-
-
-def _word(value: object) -> str:
-    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
 
 
 PROGRAM = Program(
@@ -43,12 +41,12 @@ PROGRAM = Program(
         "uvicorn", "zstandard",
     ),
     kinds={
-        "SFT, full": _trains("sft", "full", "messages"),
-        "SFT, LoRA": _trains("sft", "lora", "messages"),
-        "SFT, packed": _trains("sft", "full", "messages", padding_free=True),
-        "pre-training": _trains("pt", "full", "messages"),
-        "DPO, LoRA": _trains("rlhf", "lora", "messages", rlhf_type="dpo"),
-        "reward model": _trains("rlhf", "lora", "messages", rlhf_type="rm"),
+        "SFT, full": _trains("full", "sft"),
+        "SFT, LoRA": _trains("lora", "sft"),
+        "SFT, packed": _trains("full", "sft", padding_free=True, attn_impl="eager"),
+        "pre-training": _trains("full", "pt"),
+        "DPO, LoRA": _trains("lora", "rlhf", rlhf_type="dpo"),
+        "reward model, LoRA": _trains("lora", "rlhf", rlhf_type="rm"),
     },
     environment=lambda case: {"NPROC_PER_NODE": str(case.world)} if case.world > 1 else {},
 )  # fmt: skip

@@ -12,12 +12,12 @@ from packaging.version import InvalidVersion, Version
 from tp_plugin.errors import TensorParallelError
 
 TESTED = {
-    "torch": ("2.13",),
-    "deepspeed": ("0.18.4", "0.19.6", "0.19.8"),
-    "accelerate": ("1.11", "1.15"),
-    "transformers": ("5.6", "5.8", "5.15", "5.19", "5.20", "5.23", "5.24"),
+    "torch": ("2.9", "2.13", "2.14"),
+    "deepspeed": ("0.18.4", "0.18.9", "0.19.6", "0.19.8"),
+    "accelerate": ("1.11", "1.13", "1.15"),
+    "transformers": ("5.6", "5.8", "5.15", "5.16", "5.19", "5.20", "5.23", "5.24"),
     "peft": ("0.18", "0.20", "0.21"),
-    "trl": ("0.24", "0.29", "1.14", "1.16"),
+    "trl": ("0.24", "0.29", "1.9", "1.14", "1.16"),
 }
 """Versions that tests ran with, by library: all of them with those of constraints.txt, a sample with the sets of
 tests/versions/sets.toml. "5.23" stands for 5.23.0, 5.23.1 and so on."""

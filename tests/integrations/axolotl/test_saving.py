@@ -68,7 +68,8 @@ def test_options_that_change_full_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"), [("", "is gone"), ("def save_trained_model(model): ...", "takes (model), not (cfg, trainer, model)")]
+    ("source", "said"),
+    [("", "is gone"), ("def save_trained_model(model): ...", "takes (model), not (cfg, trainer, model)")],
 )
 def test_a_version_whose_function_moved_loses_this_feature(tmp_path, monkeypatch, source, said):
     program(tmp_path, source)

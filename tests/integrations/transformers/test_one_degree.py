@@ -62,11 +62,15 @@ def losses(path: str, stage: int, **options) -> list[float]:
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-OPTIONS = [{"tp_size": 2, "tp_plan": "auto", "device_mesh": (2,)}, {"tp_plan": "auto", "device_mesh": (1, 2)}]
+OPTIONS = [
+    {"tp_size": 2, "tp_plan": "auto", "device_mesh": (2,)},
+    {"tp_plan": "auto", "device_mesh": (1, 2)},
+    {"distributed_config": {"tp_size": 2}},
+]
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [(1, OPTIONS[0]), (1, OPTIONS[1]), (3, {"tp_plan": "auto", "tp_size": 2})]
+    ("stage", "options"), [(1, OPTIONS[0]), (1, OPTIONS[1]), (1, OPTIONS[2]), (3, {"tp_plan": "auto", "tp_size": 2})]
 )
 def test_the_same_degree_is_the_engines(folder, stage, options):
     expected = on_ranks(1, losses, str(folder), -1)[0]
@@ -76,7 +80,12 @@ def test_the_same_degree_is_the_engines(folder, stage, options):
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(
-    "options", [{"tp_size": 4, "tp_plan": "auto"}, {"tp_plan": {"lm_head": "colwise_gather_output"}}]
+    "options",
+    [
+        {"tp_size": 4, "tp_plan": "auto"},
+        {"tp_plan": {"lm_head": "colwise_gather_output"}},
+        {"distributed_config": {"tp_size": 2, "fsdp_size": 2}},
+    ],
 )
 def test_another_degree_or_plan_is_refused(folder, stage, options):
     for error in errors_on_ranks(2, losses, str(folder), stage, env=environment(folder, stage), **options):

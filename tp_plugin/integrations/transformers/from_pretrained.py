@@ -37,6 +37,8 @@ UNSERVED = {
     "use_kernels": "the forwards it replaces would bypass sharded layers",
 }
 """Options of ``from_pretrained`` that a model loaded by slices cannot have, and why."""
+_OWN_PARALLELISM = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
+_OTHER_SIZES = ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 
 
 upstream = Upstream(LOADING)
@@ -164,8 +166,13 @@ def _leave_out_same_degree(options: dict[str, Any], degree: int) -> None:
     Raises:
         TensorParallelError: they ask for another degree, or for a plan that is not the model's own.
     """
-    plan, size, mesh = (options.get(name) for name in ("tp_plan", "tp_size", "device_mesh"))
-    if size is None and mesh is not None:
+    plan, size, mesh, whole = (options.get(name) for name in _OWN_PARALLELISM)
+    if whole is not None:
+        said = whole if isinstance(whole, Mapping) else vars(whole)
+        plan, size = said.get("tp_plan"), said.get("tp_size") or 1
+        if any((said.get(other) or 1) > 1 for other in _OTHER_SIZES):
+            plan = "with other sizes"
+    elif size is None and mesh is not None:
         size = (mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) else mesh).size()
     if degree == 1 or (plan is None and size is None):
         return
@@ -174,7 +181,7 @@ def _leave_out_same_degree(options: dict[str, Any], degree: int) -> None:
             f"from_pretrained(tp_plan={plan!r}, tp_size={size}) asks transformers for parallelism beside the degree "
             f"{degree} of the DeepSpeed config; give that degree and 'auto', or none."
         )
-    for option in ("tp_plan", "tp_size", "device_mesh"):
+    for option in _OWN_PARALLELISM:
         options.pop(option, None)
 
 
