@@ -9,6 +9,7 @@
 # make test-versions  sets of versions that people have, each built from nothing, with a sample of tests; SETS=newest
 # make scout        the newest of everything, torch too, and the sample; what moved is in its JSON file
 # make minors       the names that we rely on in every minor version between the sets
+# make test-clients  LLaMA-Factory, ms-swift and axolotl by their own commands against one process of theirs; CLIENTS=axolotl
 # make lint         ruff, mypy, the floors of the package, its prose
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 # Without bytecode each of the hundreds of processes that tests start would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv quickstart test test-unit test-matrix test-gpu test-versions scout minors durations fuzz mutants lint format
+.PHONY: venv quickstart test test-unit test-matrix test-gpu test-versions test-clients scout minors durations fuzz mutants lint format
 
 venv: $(INSTALLED)
 
@@ -67,6 +68,10 @@ ENVS ?= .versions
 VERSIONS := -m tests.versions --envs $(ENVS) $(if $(FRESH),--fresh)
 test-versions: $(INSTALLED)
 	$(BIN)/python $(VERSIONS) $(SETS)
+
+CLIENTS ?=
+test-clients: $(INSTALLED)
+	$(BIN)/python -m tests.clients $(CLIENTS) --envs $(ENVS)
 
 scout: $(INSTALLED)
 	$(BIN)/python -m tests.versions newest-torch --envs $(ENVS) --fresh

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.support.launching import ENVIRONMENT, output_of
+from tp_plugin import log
 
 SAY = "from tp_plugin import log; log.info('sharded'); log.warning('50% differ')"
 ROOT = "logging.basicConfig(stream=sys.stdout, format='%(name)s %(message)s')"
@@ -71,3 +72,12 @@ def test_other_ranks_are_silent_but_for_what_is_their_own(monkeypatch, caplog):
     log.info("of the model")
     log.warning("of this rank", rank0_only=False)
     assert caplog.record_tuples == [("tp_plugin", logging.WARNING, "of this rank")]
+
+
+def test_one_rank_speaks_before_there_is_a_process_group(monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "1")
+    log.warning("of all")
+    log.warning("of this rank", rank0_only=False)
+    monkeypatch.setenv("RANK", "0")
+    log.warning("of rank 0")
+    assert [record.message for record in caplog.records] == ["of this rank", "of rank 0"]

@@ -29,6 +29,8 @@ TRAIN = sorted(RECIPES.rglob("train.yaml"))
 TRL = sorted([*RECIPES.rglob("sft_*.yaml"), *RECIPES.rglob("dpo_*.yaml")])
 ACCELERATE = sorted(RECIPES.glob("accelerate/*.yaml")) + [RECIPES / "quickstart/accelerate.yaml"]
 DEEPSPEED = sorted(RECIPES.rglob("*.json"))
+# of other programs, which tests/clients starts with them
+PROGRAMS = sorted(path for name in ("llamafactory", "ms-swift", "axolotl") for path in RECIPES.glob(f"{name}/*.yaml"))
 
 # The published dimensions, so that nothing is downloaded.
 ARCHITECTURES = {
@@ -70,15 +72,25 @@ def name_of(path: Path) -> str:
 
 def test_no_file_is_left_unchecked():
     files = {path for path in RECIPES.rglob("*") if path.is_file()}
-    assert files == {*TRAIN, *TRL, *ACCELERATE, *DEEPSPEED, RECIPES / "README.md"}
+    assert files == {*TRAIN, *TRL, *ACCELERATE, *DEEPSPEED, *PROGRAMS, RECIPES / "README.md"}
 
 
 def test_the_table_names_every_recipe_and_spread():
     listed = set(re.findall(r"\]\(([\w./-]+)\)", (RECIPES / "README.md").read_text()))
-    for path in (*TRAIN, *TRL, *ACCELERATE[:-1], *(file for file in DEEPSPEED if file.parent.name == "deepspeed")):
+    spreads = [*ACCELERATE[:-1], *(file for file in DEEPSPEED if file.parent.name == "deepspeed")]
+    for path in (*TRAIN, *TRL, *PROGRAMS, *spreads):
         assert name_of(path) in listed
     for target in listed:
         assert (RECIPES / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
+def test_a_recipe_of_another_program_names_itself_and_a_spread(path):
+    text = path.read_text()
+    config = yaml.safe_load(text)
+    assert f" recipes/{path.parent.name}/{path.name}\n" in text  # the launch line
+    assert config["deepspeed"] in ("recipes/deepspeed/tp2_zero1.json", "zero1")
+    assert config.get("tensor_parallel_size", config.get("deepspeed_autotp_size", 2)) == 2
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=name_of)

@@ -56,7 +56,7 @@ class Program:
 
     Attributes:
         name: as people write it.
-        package: its requirement; installed without its own requirements, which ``needs`` names as far as texts need them.
+        package: its requirement. Its own requirements are not installed; ``needs`` names those that texts need.
         of: the set of tests/versions/sets.toml that has the libraries it pins.
         needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.

@@ -17,7 +17,6 @@ from tp_plugin.integrations.features import Feature, broken_features, reasons_of
 from tp_plugin.integrations.rooms import ROOMS
 from tp_plugin.integrations.upstream import Name, Upstream
 
-
 INSTALLED = [room for room in ROOMS if find_spec(room.library) is not None]
 """Programs have a test of their own."""
 

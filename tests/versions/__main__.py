@@ -21,7 +21,10 @@ ENVIRONMENTS = Path(os.environ.get("TP_VERSION_ENVS", ROOT / ".versions"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sets; exit code 1 where one of them fails. A refusal by a feature is no failure."""
+    """Run the sets; exit code 1 where one of them fails, 3 where one cannot be installed and no other fails.
+
+    A refusal by a feature is no failure.
+    """
     known = sets()
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(known)}; all without one")
@@ -37,10 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no set {unknown[0]!r}")
     results = options.results or options.envs
     results.mkdir(parents=True, exist_ok=True)
-    right = True
+    codes = [0]
     for name in options.sets or known:
+        code = 3
         try:
-            python = environment.build(known[name], options.envs, options.fresh)
+            python, code = environment.build(known[name], options.envs, options.fresh), 1
             if options.build_only:
                 continue
             found = run.run(known[name], python, options.workers)
@@ -50,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(*summary(found), sep="\n", flush=True)
         if options.record and "error" not in found:
             record(found)
-        right = right and found["right"]
-    return 0 if right else 1
+        codes.append(0 if found["right"] else code)
+    return 1 if 1 in codes else max(codes)
 
 
 def record(found: dict) -> None:

@@ -32,10 +32,24 @@ where nothing is sharded, and `unregister()` puts all of them back.
 """
 
 
+COMING = """## What comes
+
+Read in public pull requests on 2026-11-29; nothing of it was run.
+
+- DeepSpeed's AutoTP has a vocabulary-parallel head since #8309 and its tied embedding in #8582, with a loss of Liger
+  in #8540. It does in the same slot what tp-plugin does, and is off unless `vocab_parallel_lm_head` is set. tp-plugin
+  takes the key where it says what the plan does, and refuses it where it does not.
+- AutoTP's universal checkpoints across degrees (#8185) are records on its own layers. Checkpoints of tp-plugin load at
+  any shape by themselves.
+- transformers takes `tp_plan` and `tp_size` out of `from_pretrained` (#47353); `distributed_config` remains. tp-plugin
+  reads plans of models, never `transformers.distributed`, and takes all three where they ask for the engine's degree.
+"""
+
+
 def text() -> str:
     """The page as the code is now; imports every library."""
     tp_plugin.unregister()
-    return "\n".join([HEAD, *_versions(), *_sets(), *_minors(), *_libraries()]).rstrip() + "\n"
+    return "\n".join([HEAD, *_versions(), *_sets(), *_minors(), COMING, *_libraries()]).rstrip() + "\n"
 
 
 def _versions() -> Iterator[str]:
