@@ -61,6 +61,8 @@ class Program:
         needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.
         environment: variables of the command, by case.
+        other_batches: kinds for which the program makes other batches of the same rows where there are replicas, so that
+            one process is no measure of them.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Program:
     needs: tuple[str, ...]
     kinds: dict[str, Command]
     environment: Callable[[Case], dict[str, str]]
+    other_batches: tuple[str, ...] = ()
 
 
 def write_inputs(folder: Path) -> None:

@@ -50,6 +50,8 @@ def run(program: Program, python: Path, folder: Path, kinds: list[str]) -> dict[
         found[kind] = {"one process": _numbers(alone)}
         for case in (*SHARDED, AUTOTP):
             case = dataclasses.replace(case, kind=kind)
+            if kind in program.other_batches and case.world > case.tp:
+                continue
             found[kind][case.name.removeprefix(f"{kind}-")] = against(
                 alone, train(program, python, inputs, folder, case)
             )
