@@ -61,8 +61,8 @@ class Program:
         needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.
         environment: variables of the command, by case.
-        other_batches: kinds for which the program makes other batches of the same rows where there are replicas, so that
-            one process is no measure of them.
+        other_batches: kinds for which the program makes other batches of the same rows where there are replicas; one
+            process is no measure of them.
     """
 
     name: str
