@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import weakref
 
 import pytest
 import torch
@@ -14,20 +13,13 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch.nn import functional as F
 
 import tp_plugin
-from tests.support.adapters import adapt
 from tests.support.guarded import compared, engine_of, steps
 from tests.support.models import batch, make
 from tests.support.ranks import errors_on_ranks, on_ranks
-from tests.support.train import loss_of, micro_batches, model_of
+from tests.support.train import loss_of, micro_batches
 from tp_plugin.integrations.zero3 import partition_data
 from tp_plugin.layers import RowParallelLinear
-from tp_plugin.layout import ShardLayout
-from tp_plugin.mesh import ParallelMesh
-from tp_plugin.param_info import update_info
-from tp_plugin.step_guard.differences import first_mismatch, relative
-from tp_plugin.step_guard.gradients import GradientWatch
 from tp_plugin.step_guard.guard import guard_of
-from tp_plugin.step_guard.unsharded_view import unsharded_view
 
 SOUND = {
     "Llama ZeRO-1": ("Llama", 1, {}),
@@ -171,107 +163,6 @@ def test_rounding_between_replicas_is_a_warning_once():
     assert not second
 
 
-def loss_of_a_shard(engine, inputs, called):
-    """As a loop has it that makes its loss itself, of the weight that the head has on this rank."""
-    if called == "trunk":
-        hidden = engine.module.model(input_ids=inputs["input_ids"]).last_hidden_state
-    else:
-        hidden = engine(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states[-1]
-    logits = hidden @ engine.module.lm_head.weight.T
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten().clamp(-100, 60))
-
-
-def term_of_a_shard(engine, inputs, called):
-    """One that gives replicas no gradient at all, beside the model's own loss."""
-    return engine(**inputs).loss + engine.module.model.layers[0].self_attn.q_proj.weight.norm()
-
-
-def unseen_loss_of_a_shard(engine, inputs, called):
-    """The same value on all ranks."""
-    loss = loss_of_a_shard(engine, inputs, called)
-    return loss - loss.detach() + 1
-
-
-def a_loop_of_ones_own(called, guard, loss_of=unseen_loss_of_a_shard):
-    """The step at which it was stopped, and how."""
-    engine = engine_of("Llama", 1, {"tp_plugin": {"guard": guard, "quiet": True}})
-    engine.optimizer.param_groups[0]["lr"] = 0.1 if not guard else 1e-6
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        for step in range(4):
-            try:
-                engine.backward(loss_of(engine, batch(step, 3), called))
-            except tp_plugin.TensorParallelError as refused:
-                return step, str(refused), said.getvalue()
-            engine.step()
-    return None, "", said.getvalue()
-
-
-@pytest.mark.parametrize("called", ["engine", "trunk"])
-@pytest.mark.parametrize("guard", [True, False])
-def test_a_loop_whose_loss_reads_a_shard_is_stopped_by_gradients_or_after_its_first_step(called, guard):
-    """Two batches make a step: gradients are compared after the first of them, replicas after the second."""
-    found = on_ranks(2, a_loop_of_ones_own, called, guard)
-    for step, refused, _ in found:
-        assert step == (1 if guard else 2)
-        assert refused.startswith("the gradient of '" if guard else "'")
-        assert "is not the same on the ranks of a tensor-parallel group" in refused
-        assert "on rank 1 it differs from the first of the group" in refused
-        assert "look for a loss that reads a sharded weight by itself" in refused
-    assert ("the loss is made of a part of the model" in found[0][2]) == (guard and called == "trunk")
-
-
-@pytest.mark.parametrize("loss_of", [loss_of_a_shard, term_of_a_shard])
-def test_a_loop_whose_loss_is_another_on_every_rank_is_stopped_at_its_first_backward(loss_of):
-    for step, refused, _ in on_ranks(2, a_loop_of_ones_own, "engine", True, loss_of):
-        assert step == 0
-        assert "the loss is not the same on the ranks of a tensor-parallel group" in refused
-        assert "look for a loss that reads a sharded weight by itself" in refused
-
-
-def term_of_a_summed_parameter(engine, inputs, called, vector=False):
-    """A term of LoRA's A, as losses that keep adapters orthogonal have: whole on every rank, its gradient summed."""
-    (first,) = [p for n, p in engine.module.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in n]
-    read = torch.nn.utils.parameters_to_vector([first]) if vector else first.flatten()
-    return engine(**inputs).loss + 0.1 * read.pow(2).sum()
-
-
-def a_loop_with_a_term_of_an_adapter(vector, late=False):
-    """The refusal, or how far the gradient of that A is from the one of the same loop in one process."""
-    engine = engine_of("Llama", 0, adapter="every linear", late=late)
-    try:
-        engine.backward(term_of_a_summed_parameter(engine, batch(0, 3), "engine", vector))
-    except tp_plugin.TensorParallelError as refused:
-        return str(refused)
-    plain = adapt(model_of("Llama"), "every linear")
-    (name,) = [n for n, _ in plain.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in n]
-    truth = dict(plain.named_parameters())[name]
-    (plain(**batch(0, 3)).loss + 0.1 * truth.flatten().pow(2).sum()).backward()
-    ours = dict(engine.module.named_parameters())[name].grad
-    return relative(ours * engine.gradient_accumulation_steps(), truth.grad)
-
-
-def test_a_term_of_a_parameter_whose_gradient_is_summed_is_refused_and_its_vector_counts_once():
-    refused, vector = (on_ranks(2, a_loop_with_a_term_of_an_adapter, way) for way in (False, True))
-    late = on_ranks(2, a_loop_with_a_term_of_an_adapter, False, True)
-    for said in refused + late:
-        assert "layers.0.self_attn.q_proj.lora_A" in said
-        assert "its term would count 2 times: to count it once, put torch.nn.utils.parameters_to_vector" in said
-    assert max(vector) <= 1e-5
-
-
-def a_sound_loop_around_the_trunk():
-    engine = engine_of("Llama", 3)
-    for step in range(3):
-        hidden = engine.module.model(input_ids=batch(step, 3)["input_ids"]).last_hidden_state
-        engine.backward(hidden.pow(2).mean())
-        engine.step()
-    return guard_of(engine).forwards
-
-
-def test_a_sound_loop_around_the_trunk_is_not_stopped():
-    assert on_ranks(2, a_sound_loop_around_the_trunk) == [3, 3]
-
-
 def a_shared_head(stage, heads):
     engine = engine_of("Llama", stage, heads=heads)
     weight = engine.module.model.layers[1].self_attn.k_proj.weight
@@ -360,118 +251,6 @@ def test_a_dropped_adapter_is_caught(stage):
     errors = errors_on_ranks(2, a_dropped_adapter, stage)
     assert all("2 trainable parameters got no gradient" in error for error in errors), errors
     assert "layers.0.self_attn.q_proj.lora_A" in errors[0]
-
-
-class Two(torch.nn.Module):
-    """A part that is used and one whose output nobody looks at, as the last layer of LLaVA's vision tower."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-        for param in self.parameters():
-            update_info(param, layout=ShardLayout.even(param.shape, 0, 2))
-
-    def forward(self, x):
-        self.unused(x)
-        return self.used(x)
-
-
-def test_an_output_that_nobody_uses_needs_no_gradient():
-    model = Two()
-    watch = GradientWatch(model)
-    watch.start()
-    model(torch.ones(1, 4)).sum().backward()
-    assert watch.complete()
-    assert watch.missing() is None
-
-
-def test_the_twin_of_a_wrapped_forward_is_the_twins():
-    model = Two()
-    inner = model.forward
-    model.forward = lambda x: inner(x) + 1  # as TRL wraps it, over a method of the sharded model
-    ran = []
-    model.used.register_forward_hook(lambda *_: ran.append("sharded"))
-    for param in model.parameters():
-        update_info(param, layout=None)
-    twin = unsharded_view(model, ParallelMesh.single())
-    x = torch.ones(1, 4)
-    assert torch.equal(twin(x), model.used(x) + 1)
-    ran.clear()
-    twin(x)
-    assert ran == []
-
-
-def test_a_parameter_is_gathered_once_a_forward():
-    model, reads = Two(), []
-    for param in model.parameters():
-        update_info(param, layout=None)
-    twin = unsharded_view(model, ParallelMesh.single())
-    parameters = vars(twin.used)["_parameters"]
-    read = parameters._read
-    parameters._read = lambda param: reads.append(1) or read(param)
-    kind = type(twin.used)
-    kind.forward, forward = lambda self, x: x @ self.weight + x @ self.weight + self.bias, kind.forward
-    try:
-        twin(torch.ones(1, 4))
-    finally:
-        kind.forward = forward
-    assert len(reads) == 2, "weight and bias, once each"
-    twin.used.weight  # noqa: B018
-    assert len(reads) == 3, "outside of a forward a parameter is read anew"
-
-
-def iterated(family, stage, dtype):
-    """Names, shapes and dtypes that a twin's parameters say they have, and how far their values are from the truth."""
-    engine, truth = engine_of(family, stage), dict(make(family).named_parameters())
-    twin = unsharded_view(engine.module, guard_of(engine).mesh, dtype)
-    told = {name: (list(param.shape), param.dtype) for name, param in twin.named_parameters()}
-    assert told == {name: (list(param.shape), dtype or param.dtype) for name, param in truth.items()}
-    assert all(param.requires_grad and isinstance(param, torch.nn.Parameter) for param in twin.parameters())
-    with torch.no_grad():
-        return max(float((param - truth[name]).abs().max()) for name, param in twin.named_parameters())
-
-
-@pytest.mark.parametrize(("family", "stage", "dtype"), [("Gemma2", 1, None), ("Llama", 3, torch.float64)])
-def test_iterating_over_the_twin_gives_whole_parameters(family, stage, dtype):
-    assert on_ranks(2, iterated, family, stage, dtype) == [0, 0]
-
-
-def test_iterated_parameters_are_read_when_used_and_not_kept():
-    model, read = Two(), []
-    for param in model.parameters():
-        update_info(param, layout=ShardLayout.even((8, *param.shape[1:]), 0, 2))
-    twin = unsharded_view(model, ParallelMesh.single())
-    for module in (twin.used, twin.unused):
-        gathered = vars(module)["_parameters"]
-
-        def whole(param):
-            made = param.detach().repeat(2, *[1] * (param.dim() - 1))
-            assert all(earlier() is None for earlier in read), "one at a time"
-            read.append(weakref.ref(made))
-            return made
-
-        gathered._read = whole
-    first = next(twin.parameters())
-    assert (first.shape, first.dtype, first.device.type) == ((8, 4), torch.float32, "cpu")
-    assert read == []
-    with torch.no_grad():
-        norm = sum(float(param.norm()) for param in twin.parameters())
-    assert len(read) == 4
-    assert norm == pytest.approx(sum(2**0.5 * param.norm().item() for param in model.parameters()))
-
-
-def test_rounding_is_no_difference_and_what_is_not_rounding_is_one():
-    truth = {"loss": torch.tensor(0.693), "logits": torch.linspace(-1, 1, 4096).view(4, 1024)}
-    rounded = {"loss": torch.tensor(0.60), "logits": truth["logits"] * 1.1}
-    assert first_mismatch(rounded, truth, coarse=True) is None
-    assert "loss 0.6 here, 0.693 there" in first_mismatch(rounded, truth)
-    assert "logits by 0.1 of its norm" in first_mismatch(rounded | {"loss": truth["loss"]}, truth)
-    for broken in ({"loss": torch.tensor(float("nan"))}, {"loss": torch.tensor(9.0)}, {"logits": -truth["logits"]}):
-        assert first_mismatch(rounded | broken, truth, coarse=True) is not None
-    few = {"loss": truth["loss"], "logits": torch.tensor([[0.01], [-0.02]])}
-    assert first_mismatch(few | {"logits": torch.tensor([[0.02], [-0.01]])}, few, coarse=True) is None, (
-        "noise of two numbers"
-    )
 
 
 def on_request():

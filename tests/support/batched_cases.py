@@ -9,13 +9,17 @@ from typing import Any
 
 from tests.support.ranks import on_ranks
 
+Modules = str | tuple[str, ...]
+"""The module that has the functions, or several, of which the first that has one counts."""
 
-def run_all(module: str, names: list[str], arguments: tuple) -> dict[str, tuple[str, Any]]:
+
+def run_all(modules: Modules, names: list[str], arguments: tuple) -> dict[str, tuple[str, Any]]:
     """One rank's share: name -> ("value", what the function returned) or (the exception's class, its message)."""
+    homes = [vars(importlib.import_module(one)) for one in ([modules] if isinstance(modules, str) else modules)]
     found: dict[str, tuple[str, Any]] = {}
     for name in names:
         try:
-            found[name] = "value", getattr(importlib.import_module(module), name)(*arguments)
+            found[name] = "value", next(home[name] for home in homes if name in home)(*arguments)
         except Exception as failure:
             traceback.print_exc()
             found[name] = type(failure).__name__, str(failure)
@@ -23,9 +27,9 @@ def run_all(module: str, names: list[str], arguments: tuple) -> dict[str, tuple[
 
 
 @functools.cache
-def launched(world: int, module: str, names: tuple[str, ...], arguments: tuple = ()) -> list[dict]:
+def launched(world: int, modules: Modules, names: tuple[str, ...], arguments: tuple = ()) -> list[dict]:
     """``run_all`` on ``world`` ranks, once however many tests ask; one dict a rank."""
-    return on_ranks(world, run_all, module, list(names), arguments, timeout_s=600)
+    return on_ranks(world, run_all, modules, list(names), arguments, timeout_s=600)
 
 
 def values(results: list[dict], name: str) -> list[Any]:

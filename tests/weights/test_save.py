@@ -6,7 +6,6 @@ import contextlib
 import functools
 import io
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -15,27 +14,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from safetensors.torch import load_file
-from transformers import core_model_loading
 
 import tp_plugin
 from benchmarks.live_bytes import LiveBytes
 from tests.support.configs import config_for
-from tests.support.models import batch, make
+from tests.support.exports import exported, packed, steps, wide
+from tests.support.models import make
 from tests.support.ranks import errors_on_ranks, on_ranks
-from tests.support.resume import BF16, BF16_OPTIMIZER, worst_difference
-from tests.support.train import engine_for, loss_of, micro_batches, optimizer_for
+from tests.support.resume import BF16, BF16_OPTIMIZER
+from tests.support.train import engine_for, optimizer_for
 from tp_plugin.errors import meet
-from tp_plugin.integrations.deepspeed.checkpoint.optimizer_fragments import checkpoint_layout
 from tp_plugin.integrations.transformers import export
-from tp_plugin.integrations.zero3 import partition_data
-from tp_plugin.layout import ShardLayout
-from tp_plugin.sharding import state_of
 from tp_plugin.weights import stream
 from tp_plugin.weights.staging import Staging
 
-TP = 2
 CASES = {
     "Qwen2 tied ZeRO-0": ("Qwen2", True, 0, {}),  # half precision without ZeRO is refused
     "Gemma2 tied ZeRO-2": ("Gemma2", None, 2, {}),
@@ -44,96 +37,6 @@ CASES = {
     "Llama bf16 ZeRO-3": ("Llama", False, 3, BF16),
     "BF16_Optimizer": ("Qwen2", False, 1, BF16_OPTIMIZER),
 }
-
-
-def steps(engine, numbers):
-    """Losses of a few steps; each data-parallel rank has data of its own."""
-    losses, dp, place = [], dist.get_world_size() // TP, dist.get_rank() // TP
-    for number in numbers:
-        for pieces in micro_batches(number, dp):
-            loss = loss_of(engine, pieces[place], number)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-    return losses
-
-
-def parts(engine):
-    """What this rank holds of each parameter; under ZeRO-3 without the padding, which nobody sets."""
-    return {
-        name: partition_data(param) if hasattr(param, "ds_id") else param.detach()
-        for name, param in engine.module.named_parameters()
-    }
-
-
-def put_together(engine):
-    """Full tensors by name, made on every rank of what all ranks hold and of nothing that an export uses."""
-    tp, every = state_of(engine.module).mesh, [None] * dist.get_world_size()
-    dist.all_gather_object(every, parts(engine))
-    whole = {}
-    for name, param in engine.module.named_parameters():
-        layout = checkpoint_layout(param, tp)
-        shards = []
-        for rank in range(TP):
-            mine = [every[other][name] for other in range(rank, len(every), TP)]
-            shard = torch.cat(mine) if hasattr(param, "ds_id") else mine[0]
-            shards.append(shard.view(layout.local_shape(rank)))
-        whole[name] = layout.unshard(shards)
-    return whole
-
-
-def reloads(folder, state, expected, ids, logits):
-    """Plain transformers makes of ``folder`` what was trained, and ``state`` is the same."""
-    reloaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=logits.dtype).eval()
-    found = reloaded.state_dict()
-    assert set(found) == set(state)
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{name} in the directory"
-        assert torch.equal(state[name], tensor), f"{name} of full_state_dict"
-    head, embedding = reloaded.get_output_embeddings().weight, reloaded.get_input_embeddings().weight
-    assert (head is embedding) == reloaded.config.tie_word_embeddings
-    with torch.no_grad():
-        error = (reloaded(input_ids=ids).logits - logits).abs().max() / logits.abs().max()
-    assert error < (2e-2 if logits.dtype == torch.bfloat16 else 1e-5), error
-
-
-def exported(family, tied, stage, extra, folder):
-    """Train two steps, export, reload plainly, train on; the same without the export in between."""
-
-    def engine():
-        model = make(family, tied=tied)
-        return engine_for(model, optimizer_for(model, "adamw"), config_for(TP, stage, **extra))
-
-    plain, run = engine(), engine()
-    assert isinstance(run.optimizer, BF16_Optimizer) == (extra is BF16_OPTIMIZER)
-    assert steps(plain, [0, 1]) == steps(run, [0, 1])
-    identities = [id(p) for p in run.module.parameters()]
-    whole = [getattr(p, "ds_status", None) for p in run.module.parameters()]
-    state = tp_plugin.full_state_dict(run)
-    tp_plugin.save_pretrained(run, folder)
-    assert identities == [id(p) for p in run.module.parameters()]
-    assert whole == [getattr(p, "ds_status", None) for p in run.module.parameters()], "what ZeRO-3 keeps whole"
-    assert (state == {}) == (dist.get_rank() != 0)
-    expected = put_together(plain)
-    run.eval()
-    data = batch(9, 2)
-    with torch.no_grad():
-        logits = run(input_ids=data["input_ids"]).logits
-    run.train()
-    problem = [""]
-    if dist.get_rank() == 0:
-        try:
-            reloads(folder, state, expected, data["input_ids"], logits)
-        except Exception as failure:  # the others are told of it, and do not wait
-            problem = [f"{type(failure).__name__}: {failure}"]
-    dist.broadcast_object_list(problem)
-    assert not problem[0], problem[0]
-    assert steps(run, range(2, 4)) == steps(plain, range(2, 4)), "the export changed training"
-    theirs = parts(plain)
-    assert all(torch.equal(part, theirs[name]) for name, part in parts(run).items()), "or the weights"
-    for ran, number in ((run, "run"), (plain, "plain")):
-        ran.save_checkpoint(f"{folder}-{number}", tag="end")
-    assert worst_difference(f"{folder}-run/end", f"{folder}-plain/end") == (0.0, ""), "or the optimizer's state"
 
 
 def all_exports():
@@ -159,11 +62,6 @@ def outcomes():
 @pytest.mark.parametrize("name", CASES)
 def test_export_reloads_plainly_and_training_goes_on(name):
     assert [found[name] for found in outcomes()] == [""] * 4
-
-
-def wide(**options):
-    """A model of a few MB, none of whose tensors is most of it."""
-    return make("Llama", vocab_size=1000, intermediate_size=256, num_hidden_layers=6, heads=(16, 8), **options)
 
 
 def memory_of_exports():
@@ -263,100 +161,6 @@ def test_numbered_files_are_spread_over_ranks_and_stale_ones_removed():
         assert files, f"rank {rank} wrote nothing"
     written = [name for wrote, _ in found for name in wrote[: wrote.index(first)]]
     assert sorted(written) == first[:-1], "each file by one rank"
-
-
-def fails_on_one_rank(model, place, name, failure):
-    """An export in which ``place.name`` fails on rank 1 only: the sentence, and what became of the one before it."""
-    engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, 1))
-    with tempfile.TemporaryDirectory() as own, pytest.MonkeyPatch.context() as patch:
-        shared = [own]
-        dist.broadcast_object_list(shared)
-        folder = Path(shared[0])
-        tp_plugin.save_pretrained(engine, folder, max_shard_size="500KB")
-        before = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-        steps(engine, [0])
-
-        def fail(*args):
-            raise failure
-
-        if dist.get_rank() == 1:
-            patch.setattr(place, name, fail)
-        with pytest.raises(tp_plugin.TensorParallelError) as caught:
-            tp_plugin.save_pretrained(engine, folder, max_shard_size="500KB")
-        steps(engine, [1])  # the ranks meet in it
-        after = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-        dist.barrier()
-    return str(caught.value), before == after
-
-
-def writing_fails(failure):
-    return fails_on_one_rank(wide(), os, "pwrite", failure)
-
-
-def packed():
-    """A model whose checkpoint has gate and up in one tensor, put together again by the rank that writes it."""
-    model = wide()
-    model._weight_conversions = [
-        core_model_loading.WeightConverter(
-            source_patterns="mlp.gate_up_proj.weight",
-            target_patterns=["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-            operations=[core_model_loading.Chunk(dim=0)],
-        )
-    ]
-    return model
-
-
-def converting_fails(failure):
-    return fails_on_one_rank(packed(), core_model_loading, "revert_weight_conversion", failure)
-
-
-def packing_fails(failure):
-    """Where rank 0 is the writer, it waits for what rank 1 does not come to send."""
-    return fails_on_one_rank(wide(), ShardLayout, "local_rows", failure)
-
-
-@pytest.mark.parametrize("how", [writing_fails, converting_fails, packing_fails])
-@pytest.mark.parametrize(
-    "failure", [OSError(28, "No space left on device"), RuntimeError("no such failure was thought of")]
-)
-def test_a_failure_on_one_rank_leaves_the_earlier_export_as_it_was(how, failure):
-    found = on_ranks(2, how, failure)
-    assert len({sentence for sentence, _ in found}) == 1
-    assert f"{failure} [on rank 1]" in found[0][0]
-    assert all(untouched for _, untouched in found)
-
-
-def gathering_fails():
-    """In the third bucket, on rank 1 of four: what full_state_dict says on each rank, and whether it works again."""
-    found = []
-    for stage in (1, 3):
-        model = make("Llama", tied=False)
-        engine = engine_for(model, optimizer_for(model, "adamw"), config_for(2, stage))
-        packed, rows = [], ShardLayout.local_rows
-
-        def run_out(layout, *args, packed=packed, rows=rows):
-            packed.append(layout)
-            if len(packed) == 3:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has too little.")
-            return rows(layout, *args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stream, "BUCKET", 4 << 10)
-            if dist.get_rank() == 1:
-                patch.setattr(ShardLayout, "local_rows", run_out)
-            with pytest.raises(tp_plugin.TensorParallelError) as caught:
-                tp_plugin.full_state_dict(engine)
-        steps(engine, [0])
-        state = tp_plugin.full_state_dict(engine)
-        found.append((str(caught.value), len(state) > 0))
-    return found
-
-
-def test_a_rank_without_memory_to_gather_is_not_waited_for():
-    found = on_ranks(4, gathering_fails, timeout_s=120)
-    says = "gathering the full tensors failed: OutOfMemoryError: CUDA out of memory [on rank 1] [on ranks 0, 1]"
-    for rank, results in enumerate(found):
-        assert results == [(says, rank == 0)] * 2
 
 
 def computed(stage):

@@ -288,22 +288,10 @@ def test_prompt_that_zero_3_parted_is_saved(adapter):
 
 
 RIGHT = (
-    "saves_zero_1",
-    "saves_zero_3",
-    "saves_tied",
-    "saves_experts",
-    "saves_scales",
-    "saves_prompt",
-    "saves_dora",
-    "merges",
-    "full_state",
-    "by_transformers",
-    "keeps_the_base",
-    "state_dicts",
-    "decides_once",
-    "unreadable",
+    "saves_zero_1", "saves_zero_3", "saves_tied", "saves_experts", "saves_scales", "saves_prompt", "saves_dora",
+    "merges", "full_state", "by_transformers", "keeps_the_base", "state_dicts", "decides_once", "unreadable",
     "options_of_peft",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -6,18 +6,20 @@ import functools
 
 import pytest
 
-from tests.integrations.transformers import stateful
+from tests.integrations.transformers import attention, holding, stateful
 from tests.support.batched_cases import run_all, values
 from tests.support.guarded_trainer import DEEPSPEED, UNCHECKED
 from tests.support.ranks import on_ranks
 from tp_plugin.step_guard.differences import TRAINERS_LOSS
 
-CASES = [*stateful.STATE, *stateful.HOLDS, *stateful.REST, *stateful.ATTENTION, "attention_counts"]
+HOMES = (stateful.__name__, holding.__name__, attention.__name__)
+REST = ["never_the_same", "shard_in_a_closure", "backward_inside"]
+CASES = [*stateful.STATE, *holding.HOLDS, *REST, *attention.ATTENTION, "attention_counts"]
 
 
 @functools.cache
 def launched():
-    return on_ranks(2, run_all, stateful.__name__, CASES, (), env=DEEPSPEED, timeout_s=300)
+    return on_ranks(2, run_all, HOMES, CASES, (), env=DEEPSPEED, timeout_s=300)
 
 
 def compared(found, outputs=("logits",)):
@@ -41,7 +43,7 @@ def test_state_is_put_back_between_the_runs_and_after(name):
             assert calls == 2 or set(calls) == {2}
 
 
-@pytest.mark.parametrize("name", stateful.HOLDS)
+@pytest.mark.parametrize("name", holding.HOLDS)
 def test_a_model_that_the_loss_holds_gives_way_to_the_twin(name):
     for found in values(launched(), name):
         compared(found)
@@ -66,7 +68,7 @@ def test_a_loss_may_go_backward_through_its_own_part():
         compared(found)
 
 
-@pytest.mark.parametrize("name", stateful.ATTENTION)
+@pytest.mark.parametrize("name", attention.ATTENTION)
 def test_an_attention_function_of_ones_own_is_the_same_in_both_runs(name):
     for rank, found in enumerate(values(launched(), name)):
         compared(found)
