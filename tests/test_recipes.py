@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -19,10 +20,14 @@ from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 import tp_plugin
-from tests.support.models import make
+from tests.support.models import batch, make
 from tests.support.ranks import ROOT, on_ranks
+from tests.support.train import engine_for
+from tp_plugin.integrations.deepspeed import config as ds_config
+from tp_plugin.integrations.deepspeed.config import without_tripwire
 from tp_plugin.launch.recipe import load_recipe
 from tp_plugin.plans import plan_for
+from tp_plugin.sharding import state_of
 
 RECIPES = ROOT / "recipes"
 TRAIN = sorted(RECIPES.rglob("train.yaml"))
@@ -175,6 +180,32 @@ def filled(path: str) -> dict:
 def test_deepspeed_reads_what_we_mean(path):
     degree, stage = degree_and_stage(json.loads(path.read_text()))
     assert on_ranks(1, read_by_deepspeed, str(path), group=True) == [(degree, stage, 0.5)]
+
+
+def degree_of_an_engine(path: str) -> int:
+    tp_plugin.register()
+    engine = engine_for(
+        make("Llama"), None, filled(path) | {"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}
+    )
+    engine.backward(engine(**batch(0, 2)).loss)
+    engine.step()
+    return state_of(engine.module).mesh.tp_size
+
+
+def test_a_spread_makes_an_engine():
+    assert on_ranks(2, degree_of_an_engine, str(RECIPES / "deepspeed" / "tp2_zero1.json")) == [2, 2]
+
+
+def test_the_tripwire_is_left_out_where_deepspeed_knows_no_rules(monkeypatch):
+    old = type("TPTrainingConfig", (), {"model_fields": {"autotp_size": types.SimpleNamespace(alias=None)}})
+    config = json.loads((RECIPES / "deepspeed" / "tp2_zero1.json").read_text())
+    assert without_tripwire(config) is config
+    monkeypatch.setattr(ds_config.autotp, "TPTrainingConfig", old)
+    assert without_tripwire(config) == config | {"tensor_parallel": {"autotp_size": 2}}
+    ds_config.refuse_section(config["tensor_parallel"])
+    config["tensor_parallel"]["partition_config"]["layer_specs"].append({"patterns": ["y"], "partition_type": "row"})
+    with pytest.raises(tp_plugin.TensorParallelError, match="knows no 'partition_config'"):
+        ds_config.refuse_section(without_tripwire(config)["tensor_parallel"])
 
 
 def read_by_accelerate(path: str) -> tuple[str, bool]:

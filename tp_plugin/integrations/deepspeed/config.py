@@ -101,10 +101,22 @@ def read_config(given: str | dict[str, Any]) -> dict[str, Any]:
     return hjson.loads(Path(given).read_text() if os.path.exists(given) else base64.urlsafe_b64decode(given).decode())
 
 
+def without_tripwire(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without our tripwire where DeepSpeed knows no rules and refuses their key (before 0.18.6)."""
+    section = config.get("tensor_parallel")
+    if "partition_config" in autotp.TPTrainingConfig.model_fields or not isinstance(section, Mapping):
+        return config
+    rules = section.get("partition_config")
+    if not isinstance(rules, Mapping) or _without_our_rule(rules) is not None:
+        return config
+    return {**config, "tensor_parallel": {key: section[key] for key in section if key != "partition_config"}}
+
+
 def refuse_section(section: Any) -> None:
     """Raise TensorParallelError for a key of ``tensor_parallel`` that is unknown, or that we would ignore."""
     if not isinstance(section, Mapping):
         return  # refused where the degree is read
+    section = without_tripwire({"tensor_parallel": section})["tensor_parallel"]
     fields = autotp.TPTrainingConfig.model_fields
     known = {*fields, *(field.alias for field in fields.values() if field.alias)}
     unknown = [key for key in section if key not in known]
@@ -141,12 +153,16 @@ def _refuse_inner(section: Mapping[str, Any]) -> None:
             )
 
 
+def _without_our_rule(rules: Mapping[str, Any]) -> dict[str, Any] | None:
+    specs = [spec for spec in rules.get("layer_specs", ()) if TRIPWIRE not in str(spec.get("partition_type"))]
+    return {**rules, "layer_specs": specs} if specs else None
+
+
 def _rules(section: Mapping[str, Any]) -> Any:
     """AutoTP's object of the rules in a config, without our tripwire; None without rules."""
     given, preset = section.get("partition_config"), section.get("preset_model")
     if isinstance(given, Mapping):
-        specs = [spec for spec in given.get("layer_specs", ()) if TRIPWIRE not in str(spec.get("partition_type"))]
-        given = {**given, "layer_specs": specs} if specs else None
+        given = _without_our_rule(given)
     if not given and not preset:
         return None
     try:

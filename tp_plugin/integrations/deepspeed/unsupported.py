@@ -22,6 +22,7 @@ from tp_plugin.integrations.deepspeed.config import (
     refuse_section,
     settle,
     with_recorded,
+    without_tripwire,
 )
 from tp_plugin.integrations.deepspeed.optimizers import refuse_optimizer, warn_of_modes
 from tp_plugin.integrations.deepspeed.process_groups import refuse_other_groups
@@ -40,9 +41,10 @@ def refuse_before_engine(arguments: dict[str, Any], options_of: Callable[[dict],
     raw = raw or getattr(arguments.get("args"), "deepspeed_config", None)
     if raw is None:
         return  # DeepSpeed raises its own error
-    read = read_config(raw)
+    found = read_config(raw)
+    read = without_tripwire(found)
     config, given = dict(with_degree(with_recorded(read))), with_degree(read)
-    if given is not read:
+    if given is not found:
         put_config(arguments, given)
     refuse_section(config.get("tensor_parallel"))
     options = options_of(config)
