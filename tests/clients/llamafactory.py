@@ -57,9 +57,9 @@ PROGRAM = Program(
         "SFT, full": _trains("full", "sft", "asked"),
         "SFT, LoRA": _trains("lora", "sft", "asked"),
         "SFT, packed": _trains("full", "sft", "asked", packing=True),
-        "pre-training": _trains("full", "pt", "asked"),
+        "pre-training": _trains("full", "pt", "asked", cutoff_len=16),
         "DPO, LoRA": _trains("lora", "dpo", "preferred"),
-        "reward model, LoRA": _trains("lora", "rm", "preferred"),
+        "reward model, full": _trains("full", "rm", "preferred"),
     },
     environment=_environment,
 )  # fmt: skip
