@@ -60,5 +60,5 @@ PROGRAM = Program(
         "DPO, full": _trains("full", "chat_template.argilla_chat", "chosen", **PREFERENCES),
     },
     environment=_environment,
-    other_batches=("SFT, packed",),
+    alone={"SFT, packed": "its packer makes other batches for two replicas"},
 )  # fmt: skip

@@ -62,4 +62,5 @@ PROGRAM = Program(
         "reward model, full": _trains("full", "rm", "preferred"),
     },
     environment=_environment,
+    alone={"reward model, full": "the value head has dropout, which each replica draws for its rows"},
 )  # fmt: skip

@@ -61,8 +61,7 @@ class Program:
         needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.
         environment: variables of the command, by case.
-        other_batches: kinds for which the program makes other batches of the same rows where there are replicas; one
-            process is no measure of them.
+        alone: kinds for which one process is no measure of two replicas, and why.
     """
 
     name: str
@@ -71,7 +70,7 @@ class Program:
     needs: tuple[str, ...]
     kinds: dict[str, Command]
     environment: Callable[[Case], dict[str, str]]
-    other_batches: tuple[str, ...] = ()
+    alone: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_inputs(folder: Path) -> None:

@@ -50,7 +50,7 @@ def run(program: Program, python: Path, folder: Path, kinds: list[str]) -> dict[
         found[kind] = {"one process": _numbers(alone)}
         for case in (*SHARDED, AUTOTP):
             case = dataclasses.replace(case, kind=kind)
-            if kind in program.other_batches and case.world > case.tp:
+            if kind in program.alone and case.world > case.tp:
                 continue
             found[kind][case.name.removeprefix(f"{kind}-")] = against(
                 alone, train(program, python, inputs, folder, case)
@@ -74,7 +74,7 @@ def train(program: Program, python: Path, inputs: Path, folder: Path, case: Case
         return f"no end after {LIMIT_S:.0f} s"
     (output / "log.txt").write_text(done.stdout)
     if done.returncode:
-        return _sentence(done.stdout)
+        return _sentence(done.stdout.replace(str(folder), "RUNS"))
     try:
         return outcome(output)
     except FileNotFoundError as missing:

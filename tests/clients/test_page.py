@@ -28,7 +28,7 @@ def test_every_kind_of_every_program_was_measured_and_is_right():
         for program in PROGRAMS.values()
         for name, kinds in [(program.name, FOUND[program.name])]
         for kind, ways in kinds.items()
-        for way in ("ours-tp2xdp1", *(() if kind in program.other_batches else ("ours-tp2xdp2",)))
+        for way in ("ours-tp2xdp1", *(() if kind in program.alone else ("ours-tp2xdp2",)))
         if not ways[way].get("right")
     ]
     assert not wrong
