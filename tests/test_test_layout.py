@@ -12,7 +12,7 @@ from tests.support.ranks import ROOT
 
 SUPPORT = sorted((ROOT / "tests" / "support").glob("[!_]*.py"))
 FILES = [path for top in ("tests", "integration") for path in sorted((ROOT / top).rglob("*.py"))]
-TOOLS = ("tests.support", "tests.fuzz", "tests.mutants", "tests.prose")
+TOOLS = ("tests.support", "tests.fuzz", "tests.mutants", "tests.prose", "tests.versions")
 
 
 def imported(path: Path) -> list[str]:
