@@ -1,13 +1,15 @@
 """Write docs/upstream.md: every name of other libraries that tp_plugin relies on, and the versions that tests ran with.
 
-python -m tests.versions.page
+python -m tests.versions.page [FILE]
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import tp_plugin
 from tests.support.ranks import ROOT
@@ -129,4 +131,4 @@ def _row(name: Name) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(text())
+    Path(sys.argv[1] if len(sys.argv) > 1 else PAGE).write_text(text())
