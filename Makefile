@@ -1,4 +1,5 @@
 # make quickstart   a Llama trained tensor parallel on four CPU processes, from nothing
+# make real         LoRA on SmolLM2 on four CPU processes and in one, with texts before and after: ten minutes
 # make test         every test that runs without an accelerator, but the long matrices: ten minutes on two quiet cores
 # make test-unit    those that start no other process: two minutes
 # make test-matrix  the long matrices, and every script by its real launcher: hours
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 # Without bytecode each of the hundreds of processes that tests start would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv quickstart test test-unit test-matrix test-gpu test-versions test-clients scout minors durations fuzz mutants lint format
+.PHONY: venv quickstart real test test-unit test-matrix test-gpu test-versions test-clients scout minors durations fuzz mutants lint format
 
 venv: $(INSTALLED)
 
@@ -40,6 +41,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/quickstart/accelerate.yaml \
 		-m tp_plugin.finetune recipes/quickstart/train.yaml
+
+STEPS ?= 24
+real: $(INSTALLED)
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.real --steps $(STEPS)
 
 # Two workers: ranks of a test wait for each other, and those of another one use the cores meanwhile.
 WORKERS ?= 2

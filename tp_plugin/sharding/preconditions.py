@@ -37,6 +37,11 @@ def unmet_precondition(model: nn.Module, *, unread: bool = False) -> str | None:
             "the model was loaded with use_kernels=True, whose replaced forwards bypass sharded layers; "
             "load it without."
         )
+    if method := _quantised_by(model):
+        return (
+            f"the model is quantised ({method}), and quantised weights cannot be sharded; load the checkpoint it was "
+            "made from, or what tp-plugin convert-gguf writes of a GGUF file."
+        )
     library = adapters.of(model)
     if library is not None and (objection := library.obstacle(model)):
         return objection
@@ -59,6 +64,16 @@ def _sharded_by(param: nn.Parameter) -> str | None:
         return "a DTensor (transformers' tp_plan or distributed_config, or FSDP)"
     if getattr(param, "tensor_model_parallel", False):
         return "DeepSpeed's AutoTP or Megatron"
+    return None
+
+
+def _quantised_by(model: nn.Module) -> str | None:
+    """The method in the config of a quantised model; transformers removes it from a model that it dequantised."""
+    for part in parts_of(model).values():
+        found = getattr(getattr(part, "config", None), "quantization_config", None)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+            return str(getattr(method, "value", method))
     return None
 
 

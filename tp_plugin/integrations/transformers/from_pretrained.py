@@ -20,6 +20,7 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree, meet, sentence_of
 from tp_plugin.integrations.accelerate.degree import degree_in, tp_size_of_launch
 from tp_plugin.integrations.features import LOADING
+from tp_plugin.integrations.transformers.gguf import advice
 from tp_plugin.integrations.transformers.sharded_load import Load
 from tp_plugin.integrations.upstream import Upstream
 from tp_plugin.mesh import ParallelMesh, take_device
@@ -28,7 +29,6 @@ _LOAD: contextvars.ContextVar[Load | None] = contextvars.ContextVar("the load un
 
 UNSERVED = {
     "state_dict": "every rank has the full tensors already",
-    "gguf_file": "such a file is quantised",
     "quantization_config": "quantised weights cannot be sharded",
     "device_map": "DeepSpeed moves the shards to their device",
     "distributed_config": "it asks for transformers' own parallelism",
@@ -113,6 +113,7 @@ def saved_class(name: str, options: Mapping[str, Any]) -> Any:
     """Return the transformers class in a checkpoint's config; the auto class of causal LMs if it has none."""
     import transformers
 
+    _refuse_gguf(name, options)
     config = options.get("config")
     if not isinstance(config, transformers.PreTrainedConfig):
         known = {"trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only"}
@@ -123,6 +124,13 @@ def saved_class(name: str, options: Mapping[str, Any]) -> Any:
     if getattr(config, "auto_map", None) and options.get("trust_remote_code"):
         return transformers.AutoModelForCausalLM
     return getattr(transformers, saved, None) or transformers.AutoModelForCausalLM
+
+
+def _refuse_gguf(name: Any, options: Mapping[str, Any]) -> None:
+    if file := options.get("gguf_file"):
+        raise TensorParallelError(
+            f"the GGUF file {file!s} is quantised and is not read by slices; {advice(name, file)}."
+        )
 
 
 def _sentence(name: Any, failure: Exception) -> str:
@@ -142,6 +150,7 @@ def _sentence(name: Any, failure: Exception) -> str:
 )
 def _from_pretrained(original: Callable[..., Any], cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
     def call() -> Any:
+        _refuse_gguf(name, kwargs)
         for option, why in UNSERVED.items():
             if kwargs.get(option):
                 raise TensorParallelError(
