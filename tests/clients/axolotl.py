@@ -6,18 +6,31 @@ from pathlib import Path
 
 import yaml
 
-from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_file, recipe
+from tests.clients.program import (
+    LAST,
+    QUESTION,
+    RATE,
+    STEPS,
+    Case,
+    Command,
+    Program,
+    Words,
+    deepspeed_file,
+    recipe,
+    written,
+)
 
 SMALL = {
     "tokenizer_type": "AutoTokenizer", "sequence_len": 64, "pad_to_sequence_len": False, "warmup_ratio": 0,
     "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": RATE, "bf16": False, "fp16": False,
     "tf32": False, "save_only_model": True, "special_tokens": {"pad_token": "<pad>"},
 }  # fmt: skip
+EVALUATED = {"val_set_size": 0.25, "eval_steps": STEPS // 2, "eval_batch_size": 2, "max_steps": None, "num_epochs": 1}
 PREFERENCES = {"rl": "dpo", "remove_unused_columns": False}
 
 
-def _trains(file: str, kind: str, data: str, **more: object) -> Command:
-    def made(inputs: Path, case: Case, output: Path) -> list[str]:
+def _trains(file: str, kind: str, data: str, resumed: bool = False, **more: object) -> Command:
+    def made(inputs: Path, case: Case, output: Path) -> list[Words]:
         dataset = {"path": str(inputs / f"{data}.json"), "ds_type": "json", "type": kind}
         config = recipe("axolotl", file) | SMALL | {
             "base_model": str(inputs / "model"), "output_dir": str(output), "datasets": [dataset],
@@ -26,15 +39,27 @@ def _trains(file: str, kind: str, data: str, **more: object) -> Command:
         } | more  # fmt: skip
         if "adapter" in config:  # a new one is random from run to run
             config |= {"lora_r": 4, "lora_alpha": 8, "lora_model_dir": str(inputs / "adapter")}
-        command = ["axolotl", "train", str(output / "train.yaml")]
+        many = ["--launcher", "torchrun", "--", "--nproc_per_node", str(case.world)]
         if case.tp == 1:
             del config["deepspeed"], config["tensor_parallel_size"]
-        else:
-            command += ["--launcher", "torchrun", "--", "--nproc_per_node", str(case.world)]
-        Path(command[2]).write_text(yaml.safe_dump(config))
-        return command
+            many = []
+        if not resumed:
+            return [["axolotl", "train", written(output / "train.yaml", config), *many]]
+        config |= {"save_steps": STEPS // 2, "save_only_model": False}
+        half = str(output / f"checkpoint-{STEPS // 2}")
+        again = config | {"output_dir": str(output / LAST), "resume_from_checkpoint": half}
+        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
+        return [["axolotl", "train", file, *many] for file in files]
 
     return made
+
+
+def _finish(inputs: Path, output: Path) -> list[tuple[Words, str]]:
+    config = yaml.safe_load((output / "train.yaml").read_text())
+    for key in ("deepspeed", "tensor_parallel_size"):
+        config.pop(key, None)
+    file = written(output / "finish.yaml", config | {"lora_model_dir": str(output)})
+    return [(["axolotl", "merge-lora", file], ""), (["axolotl", "inference", file], f"{QUESTION}\n")]
 
 
 def _environment(case: Case) -> dict[str, str]:
@@ -56,9 +81,14 @@ PROGRAM = Program(
     kinds={
         "SFT, full": _trains("full", "alpaca", "asked"),
         "SFT, LoRA": _trains("lora", "alpaca", "asked"),
+        "SFT, full, an epoch, evaluated": _trains("full", "alpaca", "asked", **EVALUATED),
+        "SFT, LoRA, resumed": _trains("lora", "alpaca", "asked", resumed=True),
+        "SFT, LoRA, merged and asked": _trains("lora", "alpaca", "asked"),
         "SFT, packed": _trains("full", "alpaca", "asked", sample_packing=True, pad_to_sequence_len=True),
         "DPO, full": _trains("full", "chat_template.argilla_chat", "chosen", **PREFERENCES),
     },
+    finish={"SFT, LoRA, merged and asked": _finish},
+    answer=r"^.*\b(w\d+ .+)$",
     environment=_environment,
     alone={"SFT, packed": "its packer makes other batches for two replicas"},
 )  # fmt: skip

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from tests.clients.program import LAST, MERGED
+
+EVALUATED = r"eval_(loss|\w*acc\w*)"
 LIMITS = {"loss": 1e-5, "norm": 1e-4, "weights": 1e-4}
 """Largest relative difference to the same program in one process: of any step's loss and gradient norm, and of any
 tensor saved at the end."""
@@ -16,11 +20,19 @@ tensor saved at the end."""
 
 @dataclasses.dataclass
 class Outcome:
-    """Losses and gradient norms of all steps, and the tensors saved at the end."""
+    """What a training left.
+
+    Attributes:
+        losses: of all steps, then what every evaluation found.
+        norms: of the gradients of all steps.
+        weights: the tensors saved at the end, and those of a merged model as ``merged NAME``.
+        answers: of the program's own inference.
+    """
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, torch.Tensor]
+    answers: list[str] = dataclasses.field(default_factory=list)
 
 
 def outcome(folder: Path) -> Outcome:
@@ -29,13 +41,17 @@ def outcome(folder: Path) -> Outcome:
     Raises:
         FileNotFoundError: it reported nothing.
     """
-    states = sorted(folder.rglob("trainer_state.json"), key=lambda path: len(path.parts))
+    last = folder / LAST
+    states = sorted((last if last.exists() else folder).rglob("trainer_state.json"), key=lambda path: len(path.parts))
     if not states:
         raise FileNotFoundError(f"{folder} has no trainer_state.json")
     logs = json.loads(states[0].read_text())["log_history"]
     weights = next((found for path in states if (found := _weights(path.parent))), None) or {}
-    found = [log for log in logs if "loss" in log and "grad_norm" in log]
-    return Outcome([log["loss"] for log in found], [float(log["grad_norm"]) for log in found], weights)
+    steps = [log for log in logs if "loss" in log and "grad_norm" in log]
+    losses = [log["loss"] for log in steps]
+    losses += [value for log in logs for key, value in sorted(log.items()) if re.fullmatch(EVALUATED, key)]
+    merged = {f"merged {name}": tensor for path in folder.rglob(MERGED) for name, tensor in _weights(path).items()}
+    return Outcome(losses, [float(log["grad_norm"]) for log in steps], weights | merged)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -44,10 +60,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(one: Outcome, other: Outcome) -> dict[str, float]:
-    """Largest relative differences by the names of :data:`LIMITS`; infinite where something is missing."""
+    """Largest relative differences by the names of :data:`LIMITS`; infinite where something is missing.
+
+    Other answers make the weights infinitely different.
+    """
     if len(one.losses) != len(other.losses) or not one.losses:
         return dict.fromkeys(LIMITS, float("inf"))
-    same = one.weights.keys() == other.weights.keys() and one.weights
+    same = one.weights.keys() == other.weights.keys() and one.weights and one.answers == other.answers
     return {
         "loss": _largest(one.losses, other.losses),
         "norm": _largest(one.norms, other.norms),

@@ -1,13 +1,24 @@
-"""LLaMA-Factory: ``llamafactory-cli train x.yaml``."""
+"""LLaMA-Factory: ``llamafactory-cli train x.yaml``, ``export`` and ``chat``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import yaml
-
-from tests.clients.program import RATE, STEPS, Case, Command, Program, deepspeed_file, recipe
+from tests.clients.program import (
+    LAST,
+    MERGED,
+    QUESTION,
+    RATE,
+    STEPS,
+    Case,
+    Command,
+    Program,
+    Words,
+    deepspeed_file,
+    recipe,
+    written,
+)
 
 DATA = {
     "asked": {"file_name": "asked.json"},
@@ -22,10 +33,14 @@ SMALL = {
     "max_steps": STEPS, "learning_rate": RATE, "warmup_ratio": 0, "save_only_model": True, "lora_rank": 4,
     "gradient_accumulation_steps": 1, "disable_gradient_checkpointing": True,
 }  # fmt: skip
+EVALUATED = {
+    "val_size": 0.25, "eval_strategy": "steps", "eval_steps": STEPS // 2, "per_device_eval_batch_size": 2,
+    "compute_accuracy": True, "max_steps": -1, "num_train_epochs": 1,
+}  # fmt: skip
 
 
-def _trains(file: str, stage: str, dataset: str, **more: object) -> Command:
-    def made(inputs: Path, case: Case, output: Path) -> list[str]:
+def _trains(file: str, stage: str, dataset: str, resumed: bool = False, **more: object) -> Command:
+    def made(inputs: Path, case: Case, output: Path) -> list[Words]:
         (inputs / "dataset_info.json").write_text(json.dumps(DATA))
         config = recipe("llamafactory", file) | SMALL | {
             "model_name_or_path": str(inputs / "model"), "stage": stage, "dataset": dataset,
@@ -34,10 +49,30 @@ def _trains(file: str, stage: str, dataset: str, **more: object) -> Command:
         } | more  # fmt: skip
         if case.tp == 1:
             del config["deepspeed"]
-        (output / "train.yaml").write_text(yaml.safe_dump(config))
-        return ["llamafactory-cli", "train", str(output / "train.yaml")]
+        if not resumed:
+            return [["llamafactory-cli", "train", written(output / "train.yaml", config)]]
+        config |= {"save_steps": STEPS // 2, "save_only_model": False}
+        again = config | {
+            "output_dir": str(output / LAST),
+            "resume_from_checkpoint": f"{output}/checkpoint-{STEPS // 2}",
+        }
+        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
+        return [["llamafactory-cli", "train", file] for file in files]
 
     return made
+
+
+def _finish(inputs: Path, adapter: Path) -> list[tuple[Words, str]]:
+    model = {
+        "model_name_or_path": str(inputs / "model"), "adapter_name_or_path": str(adapter), "template": "default",
+        "finetuning_type": "lora",
+    }  # fmt: skip
+    merging = model | {"export_dir": str(adapter / MERGED), "export_device": "cpu"}
+    asking = model | {"do_sample": False, "max_new_tokens": 12, "infer_dtype": "float32"}
+    return [
+        (["llamafactory-cli", "export", written(adapter / "merge.yaml", merging)], ""),
+        (["llamafactory-cli", "chat", written(adapter / "ask.yaml", asking)], f"{QUESTION}\nexit\n"),
+    ]
 
 
 def _environment(case: Case) -> dict[str, str]:
@@ -56,11 +91,16 @@ PROGRAM = Program(
     kinds={
         "SFT, full": _trains("full", "sft", "asked"),
         "SFT, LoRA": _trains("lora", "sft", "asked"),
+        "SFT, full, an epoch, evaluated": _trains("full", "sft", "asked", **EVALUATED),
+        "SFT, LoRA, resumed": _trains("lora", "sft", "asked", resumed=True),
+        "SFT, LoRA, merged and asked": _trains("lora", "sft", "asked"),
         "SFT, packed": _trains("full", "sft", "asked", packing=True),
         "pre-training": _trains("full", "pt", "asked", cutoff_len=16),
         "DPO, LoRA": _trains("lora", "dpo", "preferred"),
         "reward model, full": _trains("full", "rm", "preferred"),
     },
+    finish={"SFT, LoRA, merged and asked": _finish},
+    answer=r"Assistant: (.+)$",
     environment=_environment,
     alone={"reward model, full": "the value head has dropout, which each replica draws for its rows"},
 )  # fmt: skip

@@ -14,7 +14,7 @@ import yaml
 from tests.support.ranks import ROOT
 
 STEPS, ROWS, RATE = 4, 4, 1e-3
-"""Optimizer steps, rows of a global batch, and the learning rate of every case."""
+"""Optimizer steps (but of an epoch), rows of a global batch, and the learning rate of every case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,16 @@ class Case:
         return ROWS * self.tp // self.world
 
 
-Command = Callable[[Path, Case, Path], list[str]]
-"""Writes a program's configuration and returns its command, of the folder of the inputs, a case and its output."""
+Words = list[str]
+Command = Callable[[Path, Case, Path], list[Words]]
+"""Writes a program's configuration and returns its commands, of the folder of the inputs, a case and its output. The
+first that makes ``LAST`` in its output reports there what counts."""
+LAST = "last"
+Finish = Callable[[Path, Path], list[tuple[Words, str]]]
+"""Of the folder of the inputs and of a trained adapter: commands in one plain process, and what each reads from its
+standard input. They leave a model in ``MERGED`` beside the adapter, and answers in ``ANSWERS`` or printed."""
+MERGED, ANSWERS = "merged", "answers.jsonl"
+QUESTION = "w5 w7 w9"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Program:
         of: the set of tests/versions/sets.toml that has the libraries it pins.
         needs: more requirements; one of a library of the set is taken instead.
         kinds: what is trained, by name.
+        finish: the program's own merge and inference of an adapter; after the kind of that name.
+        answer: the answers in what its inference printed or left, by a regular expression.
         environment: variables of the command, by case.
         alone: kinds for which one process is no measure of two replicas, and why.
     """
@@ -69,6 +79,8 @@ class Program:
     of: str
     needs: tuple[str, ...]
     kinds: dict[str, Command]
+    finish: dict[str, Finish]
+    answer: str
     environment: Callable[[Case], dict[str, str]]
     alone: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -114,6 +126,12 @@ def write_inputs(folder: Path) -> None:
 def recipe(program: str, name: str) -> dict[str, Any]:
     """What ``recipes/PROGRAM/NAME.yaml`` says."""
     return yaml.safe_load((ROOT / "recipes" / program / f"{name}.yaml").read_text())
+
+
+def written(path: Path, config: dict[str, object]) -> str:
+    """Write a program's configuration; its path as a word of a command."""
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
 
 
 def deepspeed_file(case: Case, output: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from tests.clients.compare import LIMITS, Outcome, differences, outcome
-from tests.clients.program import Case, Program, write_inputs
+from tests.clients.program import ANSWERS, Case, Program, write_inputs
 from tests.support.ranks import ROOT
 from tests.versions import environment
 from tests.versions.sets import sets
@@ -62,23 +62,44 @@ def train(program: Program, python: Path, inputs: Path, folder: Path, case: Case
     """One training by the program's own command: what it reported and saved, or the sentence it ended with."""
     output = folder / re.sub(r"\W+", "-", case.name)
     output.mkdir()
-    command = program.kinds[case.kind](inputs, case, output)
-    env = environment.environment(python) | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{STUBS}:{ROOT}"}
-    env |= program.environment(case) | _way_in(case)
+    plain = environment.environment(python) | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{STUBS}:{ROOT}"}
+    plain |= program.environment(Case(case.kind))
+    steps = [(words, "", plain | program.environment(case) | _way_in(case)) for words in
+             program.kinds[case.kind](inputs, case, output)]  # fmt: skip
+    if case.kind in program.finish:
+        steps += [(words, asked, plain) for words, asked in program.finish[case.kind](inputs, output)]
+    log = ""
+    for number, (words, asked, env) in enumerate(steps):
+        said = _said([str(python.parent / words[0]), *words[1:]], asked, env, output / f"log-{number}.txt")
+        if isinstance(said, Failed):
+            return said.replace(str(folder), "RUNS")
+        log += said
+    try:
+        found = outcome(output)
+    except FileNotFoundError as missing:
+        return str(missing)
+    answered = output / ANSWERS
+    found.answers = re.findall(program.answer, answered.read_text() if answered.exists() else log, re.MULTILINE)
+    if case.kind in program.finish and not found.answers:
+        return "its inference gave no answer"
+    return found
+
+
+class Failed(str):
+    """The sentence that a command ended with."""
+
+
+def _said(command: list[str], asked: str, env: dict[str, str], log: Path) -> str:
+    """What a command prints, kept in ``log``."""
     try:
         done = subprocess.run(
-            [python.parent / command[0], *command[1:]], cwd=output, env=env, timeout=LIMIT_S, check=False,
+            command, cwd=log.parent, env=env, timeout=LIMIT_S, check=False, input=asked,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"no end after {LIMIT_S:.0f} s"
-    (output / "log.txt").write_text(done.stdout)
-    if done.returncode:
-        return _sentence(done.stdout.replace(str(folder), "RUNS"))
-    try:
-        return outcome(output)
-    except FileNotFoundError as missing:
-        return str(missing)
+        return Failed(f"no end after {LIMIT_S:.0f} s")
+    log.write_text(done.stdout)
+    return Failed(_sentence(done.stdout)) if done.returncode else done.stdout
 
 
 def _way_in(case: Case) -> dict[str, str]:

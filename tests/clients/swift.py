@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
-from tests.clients.program import RATE, STEPS, Case, Command, Program, recipe
+from tests.clients.program import (
+    ANSWERS,
+    LAST,
+    MERGED,
+    RATE,
+    STEPS,
+    Case,
+    Command,
+    Program,
+    Words,
+    recipe,
+    written,
+)
 
 SMALL = {
     "model_type": "llama", "template": "dummy", "torch_dtype": "float32", "max_steps": STEPS, "learning_rate": RATE,
@@ -19,18 +29,40 @@ SMALL = {
 }  # fmt: skip
 
 
-def _trains(file: str, command: str, **more: object) -> Command:
-    def made(inputs: Path, case: Case, output: Path) -> list[str]:
+def _trains(file: str, command: str, resumed: bool = False, evaluated: bool = False, **more: object) -> Command:
+    def made(inputs: Path, case: Case, output: Path) -> list[Words]:
         config = recipe("ms-swift", file) | SMALL | {
             "model": str(inputs / "model"), "dataset": str(inputs / "messages.json"), "output_dir": str(output / "out"),
             "per_device_train_batch_size": case.micro_batch, "deepspeed_autotp_size": case.tp,
         } | more  # fmt: skip
+        if evaluated:
+            config |= {"val_dataset": config["dataset"], "eval_strategy": "steps", "eval_steps": STEPS // 2}
+            config |= {"per_device_eval_batch_size": 2, "max_steps": -1, "num_train_epochs": 1}
         if case.tp == 1:
             del config["deepspeed"], config["deepspeed_autotp_size"]
-        (output / "train.yaml").write_text(yaml.safe_dump(config))
-        return ["swift", command, str(output / "train.yaml")]
+        if not resumed:
+            return [["swift", command, written(output / "train.yaml", config)]]
+        config |= {"save_steps": STEPS // 2, "save_only_model": False}
+        half = str(output / "out" / f"checkpoint-{STEPS // 2}")
+        again = config | {"output_dir": str(output / LAST), "resume_from_checkpoint": half}
+        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
+        return [["swift", command, file] for file in files]
 
     return made
+
+
+def _finish(inputs: Path, output: Path) -> list[tuple[Words, str]]:
+    model = {"model": str(inputs / "model"), "model_type": "llama", "template": "dummy", "torch_dtype": "float32"}
+    adapted = model | {"adapters": str(output / "out" / f"checkpoint-{STEPS}"), "use_hf": True}
+    merging = adapted | {"merge_lora": True, "output_dir": str(output / MERGED)}
+    asking = adapted | {
+        "val_dataset": str(inputs / "messages.json"), "val_dataset_sample": 4, "max_new_tokens": 12, "temperature": 0,
+        "result_path": str(output / ANSWERS), "attn_impl": "sdpa",
+    }  # fmt: skip
+    return [
+        (["swift", "export", written(output / "merge.yaml", merging)], ""),
+        (["swift", "infer", written(output / "ask.yaml", asking)], ""),
+    ]
 
 
 PROGRAM = Program(
@@ -46,9 +78,14 @@ PROGRAM = Program(
     kinds={
         "SFT, full": _trains("full", "sft"),
         "SFT, LoRA": _trains("lora", "sft"),
+        "SFT, full, an epoch, evaluated": _trains("full", "sft", evaluated=True),
+        "SFT, LoRA, resumed": _trains("lora", "sft", resumed=True),
+        "SFT, LoRA, merged and asked": _trains("lora", "sft"),
         "pre-training": _trains("full", "pt"),
         "DPO, LoRA": _trains("lora", "rlhf", rlhf_type="dpo"),
         "reward model, LoRA": _trains("lora", "rlhf", rlhf_type="rm"),
     },
+    finish={"SFT, LoRA, merged and asked": _finish},
+    answer=r'"response": "([^"]+)"',
     environment=lambda case: {"NPROC_PER_NODE": str(case.world)} if case.world > 1 else {},
 )  # fmt: skip
