@@ -57,7 +57,7 @@ TWO = {
     "batches_differ_in_shape": r"different batches \(their shapes differ\).*broadcast_batch: true",
     "batches_differ_later": r"different batches \(their values differ\).*broadcast_batch: true",
     "batches_differ_in_evaluation": r"different batches \(their values differ\).*broadcast_batch: true",
-    "other_widths": r"the ranks built different models.*build the same model on every rank",
+    "other_widths": r"intermediate_size in the config of the model is 53 on rank 0 and 54 on rank 1; give every rank",
     "other_dtypes": r"the ranks built different models.*build the same model on every rank",
     "early_without_degree": r"sharded 2 ways and tensor_parallel\.autotp_size is 1.*set autotp_size to 2",
     "mesh_of_another_model": r"not sharded over mpu=.*call record = tp_plugin\.shard_model",
@@ -185,7 +185,7 @@ def sharded_twice():
 FOUR = {
     "one_group_differs": r"different batches \(their values differ\)",
     "one_group_differs_later": r"different batches \(their values differ\)",
-    "replicas_of_other_widths": r"the ranks built different models",
+    "replicas_of_other_widths": r"intermediate_size in the config of the model is 53 on rank 0 and 54 on rank 2; give",
     "two_engines_two_degrees": r"groups of this process have 2 ranks and this engine asks for 4; use one autotp_size",
     "an_unsharded_engine_beside": r"beside another that is sharded 2 ways.*set autotp_size to 2",
     "early_with_another_degree": r"sharded 2 ways and tensor_parallel\.autotp_size is 4.*set autotp_size to 2",

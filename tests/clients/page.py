@@ -25,10 +25,10 @@ trained in one process without DeepSpeed beside it. tp_plugin came in by `TP_PLU
 sets. Figures are the largest relative difference of any step's loss, of any step's gradient norm, and of any tensor
 saved at the end. They must be at most {LIMITS["loss"]:.0e}, {LIMITS["norm"]:.0e} and {LIMITS["weights"]:.0e}.
 
-"An epoch, evaluated" trains on all rows once: as many steps, and the losses of every evaluation are among those compared.
-"Resumed" trains to the end, then again from its own checkpoint half way. "Merged and asked": what was trained is merged by
-the program's own command and answers by its own inference, both in one process without tp_plugin; merged tensors are among
-those compared, and the answers were the same words.
+"An epoch, evaluated" trains on all rows once: as many steps, and the losses of every evaluation are among those
+compared. "Resumed" trains to the end, then again from its own checkpoint half way. "Merged and asked": the
+program's own command merges what was trained, and its own inference answers, both in one process without
+tp_plugin. Merged tensors are among those compared, and the answers were the same words.
 
 DeepSpeed's own AutoTP ran at tp 2 by the same command without tp_plugin; on GPUs it may behave otherwise, and with a
 vocabulary that the degree divides (this one has 131 words). Three gaps of a machine without GPUs were filled.

@@ -106,13 +106,15 @@ def four() -> list[dict]:
     return launched(4, __name__, NAMES)
 
 
-def test_a_group_takes_what_its_first_rank_has(four):
+def test_a_group_takes_the_parameters_of_its_first_rank_and_the_world_its_buffers(four):
     found = values(four, "seeded_by_rank")
     for rank, (names, tensors, same_objects) in enumerate(found):
-        truth = Net(seed=rank // 2 * 2)
+        group, world = Net(seed=rank // 2 * 2), Net(seed=0)
+        truth = dict(group.named_parameters(remove_duplicate=False)) | dict(world.named_buffers())
         assert all(same_objects)
         assert sorted(names) == ["inner.bias", "inner.weight", "step", "table", "tied.bias"]
-        for name, expected in {**truth.state_dict(), "step": truth.step}.items():
+        assert tensors.keys() == truth.keys()
+        for name, expected in truth.items():
             assert torch.equal(tensors[name], expected), name
 
 

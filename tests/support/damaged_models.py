@@ -145,8 +145,27 @@ def another_architecture():
 
 
 def ranks_differ():
-    other = saved(make("Llama", intermediate_size=59), max_shard_size="40KB")
+    model, same = make("Llama", intermediate_size=59), make("Llama")
+    model.model.embed_tokens.load_state_dict(same.model.embed_tokens.state_dict())
+    other = saved(model, max_shard_size="40KB")
     damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1, other=other)
+
+
+def another_fine_tune_on_one_rank():
+    """The same names and shapes, and values that a little training has changed."""
+    model = make("Llama")
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.001)
+    other = saved(model, max_shard_size="40KB")
+    damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1, other=other)
+
+
+def another_rope_on_one_rank():
+    def change(config):
+        config["rope_parameters"]["rope_theta"] = 5000.0
+
+    damaged(lambda folder: edit(folder / "config.json", change), rank=1)
 
 
 def quantised():

@@ -38,7 +38,11 @@ SENTENCES = {
     r"has \[140, 32\] \(and 1 more\); correct the config, or pass ignore_mismatched_sizes=True",
     "width_changed": r"has shape \[32, 53\] where LlamaForCausalLM with its config has \[32, 59\] \(and \d more\)",
     "another_architecture": r"'./model' holds no weights of LlamaForCausalLM \(its tensors are named like '",
-    "ranks_differ": r"ranks 0 and 1 find different checkpoints under './model'",
+    "ranks_differ": r"'model.layers.0.mlp.gate_proj.bias' of the checkpoint is torch.float32 \[53\] with a part that "
+    r"hashes to \w+ on rank 0 and torch.float32 \[59\] .* on rank 1 \(\d+ more differ\); give every rank",
+    "another_fine_tune_on_one_rank": r"tensor 'model.* of the checkpoint is torch.float32 \[.*\] with a part that "
+    r"hashes to \w+ on rank 0 and .* on rank 1 \(\d+ more differ\); give every rank the same files",
+    "another_rope_on_one_rank": r"rope_theta in the config of the model is 10000.0 on rank 0 and 5000.0 on rank 1",
     "quantised": r"./model is quantised \(fp8\), and quantised weights cannot be sharded",
     "cannot_be_sharded": r"5 query and 1 key/value heads cannot be sharded 2 ways",
     "disk_fails_on_one_rank": r"cannot load './model': OSError: \[Errno 5\] Input/output error \[on rank 1\]",

@@ -1,4 +1,6 @@
-"""Equal parameters on all ranks of a TP group before sharding: what differs is taken from the group's rank 0.
+"""Equal parameters on all ranks of a TP group before sharding, and equal buffers on all ranks of the world.
+
+What differs is taken from the first rank of a group.
 
 Ranks that were seeded differently would otherwise train slices of different models without an error. DDP synchronises
 parameters for the same reason.
@@ -40,7 +42,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sync_params(model: nn.Module, mesh: ParallelMesh, *, leaving: Collection[str] = ()) -> list[str]:
-    """Give every rank of the TP group the parameters and buffers of its rank 0. Collective over the world.
+    """Give every rank the parameters of the first of its TP group, and all the same buffers; collective over the world.
 
     Costs a hash of the model and one small all-gather where they are equal already; only what differs is sent.
 
@@ -53,8 +55,12 @@ def sync_params(model: nn.Module, mesh: ParallelMesh, *, leaving: Collection[str
     Raises:
         TensorParallelError: the models differ in names, shapes, dtypes or ``requires_grad``.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return equalise({name: tensor for name, tensor in tensors.items() if name not in leaving}, mesh)
+    buffers = dict(model.named_buffers())
+    tensors = dict(model.named_parameters()) | buffers
+    found = equalise({name: tensor for name, tensor in tensors.items() if name not in leaving}, mesh)
+    if buffers and mesh.tp_group is not None and mesh.dp_group is not None:  # DeepSpeed equalises parameters alone
+        found += [name for name in taken_from_first(buffers, mesh.dp_group) if name not in found]
+    return found
 
 
 @torch.no_grad()
@@ -65,19 +71,25 @@ def equalise(tensors: Mapping[str, torch.Tensor], mesh: ParallelMesh) -> list[st
     require_alike(tensors)
     if not tensors:
         return []
-    device = comm_device(mesh.tp_group)
+    return taken_from_first(tensors, mesh.tp_group)
+
+
+@torch.no_grad()
+def taken_from_first(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> list[str]:
+    """Give every rank of ``group`` the tensors of its first one; the names of those that differed."""
+    device = comm_device(group)
     prints, error = torch.empty(0), None
     try:
         prints = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
     except Exception as failure:  # out of memory, say: no rank may wait for this one
         error = f"comparing the ranks' models failed: {sentence_of(failure)}"
     agree(error)
-    everyone = all_gather(prints, mesh.tp_group, purpose="equal parameters")
+    everyone = all_gather(prints, group, purpose="equal parameters")
     differs = torch.stack([other != everyone[0] for other in everyone]).any(0)
     names = [name for name, different in zip(tensors, differs.tolist(), strict=True) if different]
     for name in names:
         value = tensors[name].detach().to(device).contiguous()
-        broadcast_(value, mesh.tp_group, purpose="equal parameters")
+        broadcast_(value, group, purpose="equal parameters")
         tensors[name].data.copy_(value)
     return names
 

@@ -19,6 +19,7 @@ from tp_plugin.plans.plan import REPLICATED, fold_all
 from tp_plugin.plans.suggest import line_of
 from tp_plugin.sharding import Sharding, adapters, shard_in_place, state_of
 from tp_plugin.sharding.preconditions import unmet_precondition
+from tp_plugin.sharding.require_same import facts_of, require_same
 from tp_plugin.step_guard.guard import StepGuard, guard_of
 
 
@@ -30,9 +31,11 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
     dropped. A collective call over the world.
 
     Raises:
-        TensorParallelError: as ``shard_in_place``; or the trial failed, naming the module and its rule, or could not
-            be made.
+        TensorParallelError: as ``shard_in_place``; the ranks have other settings or libraries; the trial failed, naming
+            the module and its rule, or could not be made.
     """
+    if state_of(model) is None:
+        require_same(facts_of(model, config))
     return watched(model, shard_in_place(model, proven(model, config, mesh), mesh))
 
 

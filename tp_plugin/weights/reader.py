@@ -8,8 +8,7 @@ destination counts towards the memory of the process, and an unreadable disk rai
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import hashlib
 import math
 import mmap
 import os
@@ -19,25 +18,14 @@ from typing import Any
 
 import torch
 
-from tp_plugin.errors import TensorParallelError, reason_of
-from tp_plugin.weights.safetensors_file import DTYPE_OF_NAME
+from tp_plugin.errors import TensorParallelError
+from tp_plugin.weights.headers import Entry, header_of, tensors_of_pickle
 
 WINDOW = 8 << 20
 """Bytes of a staging buffer, or of a mapped file, at a time."""
 PAGE = mmap.PAGESIZE
 """Bytes of a page, the unit of reading."""
-_LONGEST_HEADER = 100_000_000  # as safetensors itself has it
 Index = tuple[slice, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A tensor in ``file``, from byte ``start`` on."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
 
 
 class Reader:
@@ -72,10 +60,10 @@ class Reader:
         where: dict[str, str] = {}
         for file in map(str, files):
             if file.endswith(".safetensors"):
-                found: Mapping[str, Any] = _header(file)
+                found: Mapping[str, Any] = header_of(file)
                 entries |= found
             else:
-                found = _unpickled(file)
+                found = tensors_of_pickle(file)
                 tensors |= found
             for name in found:
                 if name in where:
@@ -152,6 +140,18 @@ class Reader:
                 self._stream(out, name, index)
             else:
                 self._gather(out, name, index)
+
+    def probe(self, name: str) -> str:
+        """A hash of a page in the middle of a tensor: enough to tell files of another model apart."""
+        if name in self._tensors:
+            flat = self._tensors[name].detach().reshape(-1)
+            middle = flat[flat.numel() // 2 :][: PAGE // flat.element_size()]
+        else:
+            entry, size = self._entries[name], self.nbytes(name)
+            middle = torch.empty(min(size, PAGE), dtype=torch.uint8)
+            self._pread(middle, entry.file, entry.start + (size - len(middle)) // 2)
+        data = middle.contiguous().view(torch.uint8).numpy().tobytes() if middle.numel() else b""
+        return hashlib.sha256(data).hexdigest()[:12]
 
     # ---- the two ways of reading -----------------------------------------------------------------------------------
 
@@ -241,54 +241,3 @@ def _pages(entry: Entry, index: Index) -> int:
     first_page, last_page = starts // PAGE, (starts + run - 1) // PAGE
     shared = (first_page[1:] == last_page[:-1]).sum()
     return int((last_page - first_page + 1).sum() - shared)
-
-
-def _header(file: str) -> dict[str, Entry]:
-    """The tensors of a safetensors file, once its header fits its size."""
-    cut = f"{file!r} is cut short or damaged"
-    remedy = "copy or download it again."
-    try:
-        size = os.path.getsize(file)
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-                raise TensorParallelError(f"{cut}: a header of {length} bytes in a file of {size}; {remedy}")
-            text = opened.read(length)
-    except OSError as failure:
-        raise TensorParallelError(f"cannot read {file!r}: {failure.strerror or failure}; {remedy}") from failure
-    entries, end = {}, 0
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if one["dtype"] not in DTYPE_OF_NAME:
-                raise TensorParallelError(
-                    f"tensor {name!r} of {file!r} is of dtype {one['dtype']!r}, which cannot be trained; name a "
-                    "checkpoint of floating-point weights."
-                )
-            dtype, shape, (start, stop) = DTYPE_OF_NAME[one["dtype"]], tuple(one["shape"]), one["data_offsets"]
-            if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
-                raise TensorParallelError(f"{cut}: tensor {name!r} has other offsets than its shape needs; {remedy}")
-            entries[name], end = Entry(file, dtype, shape, 8 + length + start), stop
-    except (ValueError, KeyError, TypeError, AttributeError) as failure:
-        if isinstance(failure, TensorParallelError):
-            raise
-        raise TensorParallelError(f"{cut}: its header cannot be read; {remedy}") from failure
-    if 8 + length + end != size:
-        raise TensorParallelError(f"{cut}: {size} bytes where its header says {8 + length + end}; {remedy}")
-    return entries
-
-
-def _unpickled(file: str) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, mapped: their pages are read when they are copied."""
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as failure:  # of many kinds: pickle's, zip's, torch's
-        reason = reason_of(failure) or type(failure).__name__
-        raise TensorParallelError(
-            f"cannot read {file!r} as a file of plain tensors ({reason}); convert it to safetensors with "
-            "save_pretrained where you trust it."
-        ) from failure
-    if not isinstance(found, Mapping):
-        raise TensorParallelError(f"{file!r} holds a {type(found).__name__} where a state dict was expected.")
-    return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}

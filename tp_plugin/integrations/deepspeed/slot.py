@@ -26,6 +26,7 @@ from tp_plugin.integrations.versions import is_before
 from tp_plugin.mesh import ParallelMesh, take_device
 from tp_plugin.partitioned import shard_shape
 from tp_plugin.sharding import Sharding, state_of
+from tp_plugin.sharding.require_same import flattened, require_same
 from tp_plugin.step_guard.guard import guard_of
 from tp_plugin.step_guard.reachable_state import LEFT_ALONE
 from tp_plugin.step_guard.trial import shard_proven
@@ -160,6 +161,7 @@ def _shard(engine: DeepSpeedEngine, model: nn.Module) -> None:
     agree(error)
     assert options is not None
     refuse_in_engine(engine, model, options.tp_size)
+    require_same(flattened(engine._config._param_dict, "of the DeepSpeed config"))
     mesh = ParallelMesh.of_groups(groups.get_tensor_model_parallel_group(), groups.get_data_parallel_group())
     record = shard_proven(model, options, mesh)
     refuse_other_rules(engine._config._param_dict.get("tensor_parallel"), record, model)
@@ -189,8 +191,8 @@ def _announce(record: Sharding, model: nn.Module, engine: DeepSpeedEngine, quiet
         log.info(_memory(model, engine, mesh.dp_size))
         if record.equalised:
             log.info(
-                f"{len(record.equalised)} tensors differed between the ranks of a tensor-parallel group "
-                "(were they seeded differently?); all ranks now have those of its rank 0."
+                f"{len(record.equalised)} tensors, such as {record.equalised[0]!r}, differed between ranks (other "
+                "seeds, or other files on a host?); all ranks now have those of the first."
             )
     if spanned > 1 and mesh.tp_rank == 0:
         log.warning(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.plans import Plan
+from tp_plugin.sharding.require_same import facts_of, require_same
 from tp_plugin.sharding.shard import install_sharded as install_sharded
 from tp_plugin.sharding.shard import layouts_by_name, planned
 from tp_plugin.sharding.sync_params import require_alike, sync_params
@@ -65,20 +65,17 @@ class Load:
             agree(error)
 
     def open(self, files: Sequence[str], index: Mapping[str, str] | None) -> None:
-        """Read all headers, which must be the same on every rank."""
+        """Read all headers and a part of every tensor, which must be the same on every rank."""
         self.reader, self.files = Reader.open(files, index), list(files)
-        known = sorted((name, self.reader.shape(name), str(self.reader.dtype(name))) for name in self.reader.names())
+        reader = self.reader
+        facts = {
+            f"tensor {name!r} of the checkpoint": f"{reader.dtype(name)} {list(reader.shape(name))} with a part that "
+            f"hashes to {reader.probe(name)}"
+            for name in reader.names()
+        }
         self.meet()
-        if dist.is_initialized():
-            digests: list[object] = [None] * dist.get_world_size()
-            dist.all_gather_object(digests, hashlib.sha256(str(known).encode()).digest())
-            other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-            with self.together():
-                if other is not None:
-                    raise TensorParallelError(
-                        f"ranks 0 and {other} find different checkpoints under {str(self.name)!r} (other names, shapes "
-                        "or dtypes); give every host the same files."
-                    )
+        with self.together():
+            require_same(facts)
 
     def fill(self, model: PreTrainedModel, files: Sequence[str], options: Any) -> Any:
         """Settle names and shapes, plan, and read this rank's shards into ``model``, which is on ``meta``."""
@@ -103,6 +100,7 @@ class Load:
         self._settle_ties(model, info.missing_keys)
         model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
         with self.together():
+            require_same(facts_of(model, self.config))
             if dist.is_initialized():
                 require_alike(dict(model.named_parameters()))
             self.config = proven(model, self.config, self.mesh, unread=True)
