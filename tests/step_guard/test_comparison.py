@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 import tp_plugin
 from tests.support.guarded import compared, engine_of, steps
 from tests.support.models import batch, make
-from tests.support.ranks import on_ranks
+from tests.support.ranks import on_ranks, outcomes
 from tests.support.train import loss_of, micro_batches
+from tp_plugin import peers
 from tp_plugin.param_info import layout_of
 from tp_plugin.step_guard import comparison, differences, fp32_rerun, sample_batch
 from tp_plugin.step_guard.guard import guard_of
@@ -111,6 +113,29 @@ def test_a_loss_that_one_rank_cannot_compute_again_hangs_nobody(stage, how):
     warning = "could not be computed again without tensor parallelism (ValueError: not that batch [on rank 1])"
     assert (warning in said) == (how != "cut")
     assert warning not in unsaid
+
+
+def one_rank_fails_in_a_layer(out_of_memory):
+    """Rank 1 raises between two collectives of the model, where its peer waits for it."""
+    engine = engine_of("Llama", 1)
+
+    def fail(*_):
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.") if out_of_memory else RuntimeError("a broken kernel")
+
+    engine.module.model.layers[1].mlp.act_fn.register_forward_hook(fail)
+    with mock.patch.object(peers, "PATIENCE_S", 4.0), mock.patch.object(peers, "SAID_AFTER_S", 1.0):
+        steps(engine, 1)
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_a_rank_that_fails_while_its_peer_waits_in_a_layer_says_so_and_ends(out_of_memory):
+    peer, failed = outcomes(2, one_rank_fails_in_a_layer, out_of_memory, timeout_s=100)
+    kind, error = ("OutOfMemoryError", "CUDA out of memory") if out_of_memory else ("RuntimeError", "a broken kernel")
+    assert (failed["kind"], failed["error"].rstrip(".")) == (kind, error), "its own, not that of a process group"
+    said = f"rank 1 failed in the check of the first step ({kind}: {error}) and waits up to 4 s for the others"
+    assert said in failed["log"]
+    assert "Connection closed by peer" in peer["error"], "the end of its peer ended it, before its group's timeout"
 
 
 def keeps_nothing():

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from tp_plugin.config import TensorParallelConfig
-from tp_plugin.errors import TensorParallelError
+from tp_plugin.errors import TensorParallelError, together
 from tp_plugin.layers.generators import same_draws, seed_all
 from tp_plugin.layout import ShardLayout
 from tp_plugin.lazy import materialise_outputs
 from tp_plugin.mesh import ParallelMesh, comm_device
 from tp_plugin.model_check.tiny_model import Recorded, TinyModel, recorded_outputs
+from tp_plugin.peers import arrive, prepare
 from tp_plugin.plans import Plan
 from tp_plugin.plans import plan as p
 from tp_plugin.sharding import Sharding, shard_in_place
@@ -109,10 +110,11 @@ def reproducible(tiny: TinyModel) -> str | None:
 def compare_sharded(tiny: TinyModel, config: TensorParallelConfig, mesh: ParallelMesh) -> Parity:
     """Compare ``tiny`` sharded over ``mesh`` with itself unsharded; a collective call over the world.
 
-    Every rank returns the same. A rank that raises in the sharded run alone leaves its peers in a collective, so
-    callers give the group a time limit.
+    Every rank returns the same. A rank that raises in the sharded run alone raises here, see
+    :func:`tp_plugin.peers.arrive`.
     """
     device = comm_device(mesh.tp_group)
+    prepare(mesh)
     with same_draws(device):
         found = _examine(tiny, config, mesh, device)
         if found.verdict == "differs" and all(found.errors[n] <= ROUNDING * limit for n, limit in LIMITS.items()):
@@ -131,12 +133,8 @@ def _examine(tiny: TinyModel, config: TensorParallelConfig, mesh: ParallelMesh, 
         record = shard_in_place(model, dataclasses.replace(config, quiet=True), mesh)
     except TensorParallelError as refused:
         return Parity("refused", sentence=str(refused))
-    try:
-        ours = run(model, inputs)
-    except Exception as failure:
-        raised_in = _module_of(failure.__traceback__, model)
-        text = f"{type(failure).__name__}: {' '.join(str(failure).splitlines()[:1])}"[:300]
-        sentence = f"in {blame(raised_in, record.plan)} sharded: {text}"
+    ours, sentence = _run_together(model, inputs, record)
+    if ours is None:
         return Parity("broken", sentence=sentence, fraction=record.fraction())
     unreached = _unreached(reference, record.plan)
     errors, worst = _worst_of_all(*compare(reference, ours, record.layouts, mesh.tp_rank), mesh)
@@ -150,6 +148,20 @@ def _examine(tiny: TinyModel, config: TensorParallelConfig, mesh: ParallelMesh, 
         culprit += f", the gradient of {blame(gradient, record.plan)} differs first in backward"
     sentence = f"sharded and unsharded differ ({what}): {culprit}"
     return Parity("differs", errors, sentence, worst, record.fraction(), unreached)
+
+
+def _run_together(model: nn.Module, inputs: dict[str, Any], record: Sharding) -> tuple[Run | None, str]:
+    """Run the sharded model; None on every rank, and where it failed, if any rank failed."""
+    found, failure, sentence = None, None, None
+    try:
+        found = run(model, inputs)
+    except Exception as raised:
+        failure = raised
+        text = f"{type(raised).__name__}: {' '.join(str(raised).splitlines()[:1])}"[:300]
+        sentence = f"in {blame(_module_of(raised.__traceback__, model), record.plan)} sharded: {text}"
+    arrive(failure, "the trial of the rules")
+    said = together(sentence)
+    return (None if said else found), said
 
 
 def _unreached(reference: Run, plan: Plan) -> list[str]:

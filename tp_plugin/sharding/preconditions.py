@@ -39,8 +39,8 @@ def unmet_precondition(model: nn.Module, *, unread: bool = False) -> str | None:
         )
     if method := _quantised_by(model):
         return (
-            f"the model is quantised ({method}) and cannot be sharded; load the checkpoint it was made from, or convert "
-            "a GGUF file by tp-plugin convert-gguf."
+            f"the model is quantised ({method}) and cannot be sharded; load the checkpoint it was made from, or "
+            "convert a GGUF file by tp-plugin convert-gguf."
         )
     library = adapters.of(model)
     if library is not None and (objection := library.obstacle(model)):

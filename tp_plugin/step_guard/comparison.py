@@ -20,6 +20,7 @@ from tp_plugin.collectives import all_reduce_
 from tp_plugin.errors import TensorParallelError, agree, together
 from tp_plugin.layers.generators import same_draws
 from tp_plugin.mesh import ParallelMesh, comm_device
+from tp_plugin.peers import arrive
 from tp_plugin.sharding.hooks import SHARE
 from tp_plugin.step_guard import fp32_rerun
 from tp_plugin.step_guard.differences import (
@@ -215,14 +216,16 @@ class StepComparison:
     def _try(self, mode: Mode) -> tuple[Outputs | None, str]:
         """Run once; returns the outputs, None on all ranks if any rank failed, and this rank's failure."""
         found, failure, refusal, self.share = None, "", None, None
+        raised: Exception | None = None
         try:
             found = self._outputs(mode)
         except TensorParallelError as ours:
-            refusal = str(ours)
+            refusal, raised = str(ours), ours
         except (PeerFailedError, RunsShardedError) as known:  # of a peer's failure the peer says why
-            failure = str(known) if isinstance(known, RunsShardedError) else ""
+            failure, raised = str(known) if isinstance(known, RunsShardedError) else "", known
         except Exception as other:  # too little memory among them, perhaps on this rank alone
-            failure, self.share = f"{type(other).__name__}: {other}", getattr(other, SHARE, None)
+            failure, self.share, raised = f"{type(other).__name__}: {other}", getattr(other, SHARE, None), other
+        arrive(raised, "the check of the first step", self.group)
         agree(refusal, self.group)
         return (None if self._any(found is None) else found), failure
 
