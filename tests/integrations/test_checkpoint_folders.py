@@ -115,7 +115,7 @@ def test_what_was_moved_aside_comes_back(tmp_path, folder):
 def test_a_directory_without_checkpoints_is_refused(tmp_path):
     assert newest_whole(tmp_path) is None
     assert newest_whole(tmp_path / "missing") is None
-    with pytest.raises(TensorParallelError, match="there is no checkpoint of tp_plugin's at"):
+    with pytest.raises(TensorParallelError, match="there is no whole checkpoint of tp_plugin's at"):
         found(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -113,4 +114,29 @@ def test_inspect_tells_shape_step_sizes_and_health(capsys):
 def test_what_is_no_checkpoint_is_told(tmp_path, capsys):
     for command in (["inspect", str(tmp_path)], ["export", str(tmp_path), str(tmp_path / "out")]):
         assert main(command) == EXIT["refused"]
-        assert "there is no checkpoint of tp_plugin's at" in capsys.readouterr().err
+        assert "there is no whole checkpoint of tp_plugin's at" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_complete_is_not_answered_by_one_beside_it(tmp_path, capsys):
+    trained()
+    shutil.copytree(folder("tied") / "checkpoint-1", tmp_path / "checkpoint-1")
+    shutil.copytree(folder("tied") / "checkpoint-1", tmp_path / "checkpoint-6")
+    next(tmp_path.glob("checkpoint-6/*/manifest.json")).unlink()
+    (tmp_path / "checkpoint-6" / "latest").unlink()
+    for command in (["inspect"], ["export"]):
+        more = [str(tmp_path / "out")] if command == ["export"] else []
+        assert main([*command, str(tmp_path / "checkpoint-6"), *more]) == EXIT["refused"]
+        said = capsys.readouterr().err
+        assert f"no whole checkpoint of tp_plugin's at '{tmp_path}/checkpoint-6'; the newest beside it is" in said
+        assert main([*command, str(tmp_path), *more]) == 0, "of the folder of both the whole one counts"
+        assert "checkpoint-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../checkpoint-1/global_step1", "..", "/etc", ""])
+def test_a_latest_that_names_something_else_is_refused(tmp_path, capsys, name):
+    trained()
+    shutil.copytree(folder("tied") / "checkpoint-1", tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "latest").write_text(name)
+    assert main(["inspect", str(tmp_path / "checkpoint-6")]) == EXIT["refused"]
+    assert "does not name a folder in" in capsys.readouterr().err

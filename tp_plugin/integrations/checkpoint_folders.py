@@ -25,15 +25,16 @@ _TRAINER_STATE = "trainer_state.json"
 _TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
-def checkpoints_in(folder: Path, *, for_trainer: bool = False) -> list[Path]:
+def checkpoints_in(folder: Path, *, for_trainer: bool = False, beside: bool = True) -> list[Path]:
     """Checkpoints in ``folder``, in numbered folders in it, or beside it if it is numbered itself; newest first.
 
     They are sorted by step, then by the time of writing. HF Trainer numbers ``checkpoint-N``, Accelerate
     ``checkpoints/checkpoint_N``. One that Trainer wrote counts if Trainer's files are complete too
-    (:func:`trainers_damage`), or if ``folder`` is its own folder. ``for_trainer`` leaves out all others.
+    (:func:`trainers_damage`), or if ``folder`` is its own folder. ``for_trainer`` leaves out all others. Without
+    ``beside`` those beside a numbered folder are left out.
     """
     found = {}
-    for one in _searched(folder):
+    for one in _searched(folder, beside=beside):
         for path in one.glob(f"*/{FILE}"):
             if path.parent.name.startswith(MARK):
                 continue
@@ -47,10 +48,10 @@ def checkpoints_in(folder: Path, *, for_trainer: bool = False) -> list[Path]:
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def _searched(folder: Path) -> list[Path]:
+def _searched(folder: Path, *, beside: bool = True) -> list[Path]:
     folders = [folder]
     for pattern in _NUMBERED:
-        if fnmatch.fnmatch(folder.name, pattern):
+        if beside and fnmatch.fnmatch(folder.name, pattern):
             folders += sorted(folder.parent.glob(pattern))
         folders += sorted(folder.glob(pattern))
         folders += sorted(folder.glob(f"checkpoints/{pattern}"))

@@ -12,22 +12,31 @@ from tp_plugin.weights.fragments import damage_of
 from tp_plugin.weights.manifest import FILE, WEIGHT, Manifest
 from tp_plugin.weights.safetensors_file import dtype_named
 
+_LONGEST_NAME = 1000
+"""Characters read of a file that names a checkpoint."""
+
 
 def found(path: Path) -> Path:
-    """The checkpoint at ``path``: itself, the one that its ``latest`` names, or the newest in it.
+    """The checkpoint at ``path``: itself, the one that its ``latest`` names, or the newest in it; never one beside it.
 
     Raises:
-        TensorParallelError: there is none.
+        TensorParallelError: there is none, or ``latest`` names something else.
     """
     if (path / FILE).is_file():
         return path
     latest = path / LATEST
     if latest.is_file():
-        return path / latest.read_text(errors="replace").strip()
-    newest = checkpoints_in(path) if path.is_dir() else []
-    if not newest:
-        raise TensorParallelError(f"there is no checkpoint of tp_plugin's at {str(path)!r}.")
-    return newest[0]
+        with latest.open(errors="replace") as file:
+            name = file.read(_LONGEST_NAME).strip()
+        if not name or Path(name).name != name or name == "..":
+            raise TensorParallelError(f"{str(latest)!r} does not name a folder in {str(path)!r}; name the checkpoint.")
+        return path / name
+    newest = checkpoints_in(path, beside=False) if path.is_dir() else []
+    if newest:
+        return newest[0]
+    whole = next(iter(checkpoints_in(path)), None) if path.is_dir() else None
+    beside = f"; the newest beside it is {str(whole)!r}" if whole else ""
+    raise TensorParallelError(f"there is no whole checkpoint of tp_plugin's at {str(path)!r}{beside}.")
 
 
 def report(path: Path) -> dict[str, Any]:
