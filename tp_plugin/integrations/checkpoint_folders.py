@@ -20,9 +20,28 @@ LATEST = "latest"
 """File with the name of the last checkpoint saved, as DeepSpeed has it."""
 LATEST_GOOD = "latest-good"
 """Tag that asks for the newest complete checkpoint."""
+_LONGEST_NAME = 1000
+"""Characters read of a file that names a checkpoint."""
 _NUMBERED = ("checkpoint-*", "checkpoint_*")
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_FILES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+
+
+def named_by_latest(folder: Path) -> Path | None:
+    """The folder that ``latest`` in ``folder`` names; None without such a file.
+
+    Raises:
+        TensorParallelError: it names something that is not in ``folder``.
+        OSError: it cannot be read.
+    """
+    file = folder / LATEST
+    if not file.is_file():
+        return None
+    with file.open(errors="replace") as opened:
+        name = opened.read(_LONGEST_NAME).strip()
+    if name in ("", "..") or Path(name).name != name:
+        raise TensorParallelError(f"{str(file)!r} does not name a folder in {str(folder)!r}; name the checkpoint.")
+    return folder / name
 
 
 def checkpoints_in(folder: Path, *, for_trainer: bool = False, beside: bool = True) -> list[Path]:

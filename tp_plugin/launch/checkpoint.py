@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.checkpoint_folders import LATEST, checkpoints_in
+from tp_plugin.integrations.checkpoint_folders import checkpoints_in, named_by_latest
 from tp_plugin.weights.fragments import damage_of
 from tp_plugin.weights.manifest import FILE, WEIGHT, Manifest
 from tp_plugin.weights.safetensors_file import dtype_named
-
-_LONGEST_NAME = 1000
-"""Characters read of a file that names a checkpoint."""
 
 
 def found(path: Path) -> Path:
@@ -24,13 +21,9 @@ def found(path: Path) -> Path:
     """
     if (path / FILE).is_file():
         return path
-    latest = path / LATEST
-    if latest.is_file():
-        with latest.open(errors="replace") as file:
-            name = file.read(_LONGEST_NAME).strip()
-        if not name or Path(name).name != name or name == "..":
-            raise TensorParallelError(f"{str(latest)!r} does not name a folder in {str(path)!r}; name the checkpoint.")
-        return path / name
+    named = named_by_latest(path)
+    if named is not None:
+        return named
     newest = checkpoints_in(path, beside=False) if path.is_dir() else []
     if newest:
         return newest[0]

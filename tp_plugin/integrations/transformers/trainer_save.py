@@ -23,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from tp_plugin.errors import failing_together, meet
 from tp_plugin.integrations.accelerate.degree import tp_size
-from tp_plugin.integrations.checkpoint_folders import LATEST
+from tp_plugin.integrations.checkpoint_folders import named_by_latest
 from tp_plugin.integrations.features import TRAINER
 from tp_plugin.integrations.upstream import Upstream
 from tp_plugin.sharding import state_of
@@ -209,6 +209,6 @@ def _save_optimizer_and_scheduler(original: Callable[..., Any], self: Trainer, o
     """
     original(self, output_dir)
     folder = Path(output_dir)
-    latest = folder / LATEST
-    if self.is_world_process_zero() and latest.is_file() and (folder / latest.read_text().strip() / FILE).is_file():
+    named = named_by_latest(folder) if self.is_world_process_zero() else None
+    if named is not None and (named / FILE).is_file():
         optimizer_placeholder.write(folder / OPTIMIZER_NAME)

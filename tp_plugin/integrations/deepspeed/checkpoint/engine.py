@@ -18,7 +18,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from tp_plugin import log
 from tp_plugin.errors import TensorParallelError, agree
-from tp_plugin.integrations.checkpoint_folders import LATEST, LATEST_GOOD, checkpoints_in, newest_whole
+from tp_plugin.integrations.checkpoint_folders import (
+    LATEST,
+    LATEST_GOOD,
+    checkpoints_in,
+    named_by_latest,
+    newest_whole,
+)
 from tp_plugin.integrations.deepspeed.checkpoint import read, write
 from tp_plugin.integrations.deepspeed.export import SCRIPT, SCRIPT_NAME
 from tp_plugin.integrations.features import CHECKPOINTS
@@ -162,7 +168,7 @@ def _chosen(folder: Path, tag: str | None, *, needed: bool) -> Path | None:
         try:
             answer = _look(folder, tag, needed)
         except Exception as failure:  # the other ranks are waiting
-            reason = getattr(failure, "strerror", None) or failure
+            reason = str(getattr(failure, "strerror", None) or failure).rstrip(".")
             answer = [None, f"looking for a checkpoint in {str(folder)!r} failed: {reason}."]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
@@ -180,16 +186,13 @@ def _chosen(folder: Path, tag: str | None, *, needed: bool) -> Path | None:
 def _look(folder: Path, tag: str | None, needed: bool) -> list[Any]:
     if tag == LATEST_GOOD:
         return [None, LATEST_GOOD]
-    if tag is None:
-        latest = folder / LATEST
-        if not latest.is_file():
-            if needed and checkpoints_in(folder):
-                return [None, f"{str(folder)!r} has no file {LATEST!r}, so no save was completed there."]
-            if needed:
-                log.info(f"no checkpoint in {str(folder)!r}: training starts from step 0")
-            return [None, None]
-        tag = latest.read_text(errors="replace").strip()
-    path = folder / str(tag)
+    path = named_by_latest(folder) if tag is None else folder / str(tag)
+    if path is None:
+        if needed and checkpoints_in(folder):
+            return [None, f"{str(folder)!r} has no file {LATEST!r}, so no save was completed there."]
+        if needed:
+            log.info(f"no checkpoint in {str(folder)!r}: training starts from step 0")
+        return [None, None]
     with contextlib.suppress(OSError):  # a folder that is read-only
         bring_back(path)
     if (path / FILE).is_file():
