@@ -5,7 +5,6 @@ Each takes an ``Accelerator`` and the rows of one reader, and returns what it lo
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import DummyOptim, DummyScheduler, find_executable_batch_size
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, get_scheduler
 
@@ -213,7 +214,7 @@ def translated(accelerator: Accelerator, rows: int) -> dict:
     model = zoo.build("t5")
     model.generation_config.eos_token_id = None
     optimizer = grouped(model)
-    loader = DataLoader(Pairs(12), batch_size=rows, collate_fn=collate)
+    loader = DataLoader(Pairs(8), batch_size=rows, collate_fn=collate)
     held_out = DataLoader(Pairs(7, offset=20), batch_size=rows, collate_fn=collate)
     model, optimizer, loader, held_out = accelerator.prepare(model, optimizer, loader, held_out)
     # made after prepare(), of the wrapped optimizer: it steps once a call
@@ -297,7 +298,86 @@ def searched(accelerator: Accelerator, rows: int) -> dict:
     }
 
 
-@contextlib.contextmanager
-def profiled(accelerator: Accelerator) -> Any:
-    with accelerator.profile() as profile:
-        yield profile
+def set_later(accelerator: Accelerator, rows: int) -> dict:
+    """``automatic_gradient_accumulation``: accumulation is set on the accelerator, inside of a search for a batch size."""
+
+    @find_executable_batch_size(starting_batch_size=rows)
+    def train(batch_size: int) -> dict:
+        accelerator.gradient_accumulation_steps = 2
+        accelerator.free_memory()
+        model = tiny.model()
+        optimizer = grouped(model)
+        loader = DataLoader(Texts(16), batch_size=batch_size)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        losses, steps = [], 0
+        with accelerator.join_uneven_inputs([model]):
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    steps += accelerator.sync_gradients
+                losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        with accelerator.profile() as profile:
+            accelerator.gather(loss.detach())
+        return {"losses": losses, "steps": steps, "profiled": bool(profile.key_averages())}
+
+    return train()
+
+
+PLANNED = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_num_steps": "auto", "total_num_steps": "auto", "warmup_min_lr": 0, "warmup_max_lr": 1e-2},
+    },
+}
+"""Optimizer and schedule of a DeepSpeed config, filled in from a script's DummyOptim and DummyScheduler."""
+
+
+def planned(accelerator: Accelerator, rows: int) -> dict:
+    """``deepspeed_with_config_support``; one process steps DeepSpeed's own schedule beside torch's optimizer."""
+    model = tiny.model()
+    loader = DataLoader(Texts(20), batch_size=rows)
+    steps = 5 * accelerator.num_processes
+    if accelerator.deepspeed_plugin is not None:
+        optimizer = DummyOptim(model.parameters(), lr=1e-2)
+        schedule = DummyScheduler(optimizer, total_num_steps=steps, warmup_num_steps=2)
+        model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1)
+        schedule = WarmupDecayLR(optimizer, total_num_steps=5, warmup_num_steps=2, warmup_max_lr=1e-2)
+    losses, rates = [], []
+    for batch in loader:
+        loss = model(**batch).loss
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    return {"losses": losses, "rates": rates}
+
+
+def goes_on(accelerator: Accelerator, rows: int) -> dict:
+    """``use_stateful_dataloader``: after ``load_state`` a loader goes on where it was."""
+    model = tiny.model()
+    optimizer = grouped(model)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Texts(24), batch_size=rows))
+
+    def step(batch: dict) -> float:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(accelerator.reduce(loss.detach(), "mean"))
+
+    for number, batch in enumerate(loader):
+        step(batch)
+        if number == 1:
+            accelerator.save_state()
+            break
+    accelerator.load_state()
+    found = [(accelerator.gather(batch["input_ids"][:, 0]).tolist(), step(batch)) for batch in loader]
+    return {"read": [numbers for numbers, _ in found], "losses": [loss for _, loss in found]}

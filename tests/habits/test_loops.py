@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import traceback
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
+from accelerate.utils import DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
 
 import tp_plugin
 from tests.habits import loops
+from tests.habits.alike import differences
 from tests.support.configs import auto_config
 from tests.support.ranks import on_ranks
 
@@ -25,7 +24,11 @@ HABITS = {
     "folds": (2, 1, 0.0),
     "translated": (3, 1, 0.0),
     "searched": (1, 1, 0.0),
+    "set_later": (1, 1, 0.0),
+    "planned": (1, 1, 0.0),
+    "goes_on": (1, 1, 0.0),
 }
+FIRST_ONLY = {"language_modeling": ("told",), "searched": ("weights",)}  # what rank 0 alone has
 
 
 def config(stage: int, clip: float) -> dict:
@@ -35,11 +38,13 @@ def config(stage: int, clip: float) -> dict:
 
 def run(name: str, sharded: bool) -> Any:
     stage, gas, clip = HABITS[name]
-    folder = loops.shared_folder()
-    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1)
-    how = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config(stage, clip))} if sharded else {"cpu": True}
-    accelerator = Accelerator(gradient_accumulation_steps=gas, project_config=project, **how)
+    project = ProjectConfiguration(str(loops.shared_folder()), automatic_checkpoint_naming=True, total_limit=1)
+    settings = config(stage, clip) | (loops.PLANNED if name == "planned" else {})
+    how = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings)} if sharded else {"cpu": True}
+    stateful = DataLoaderConfiguration(use_stateful_dataloader=name == "goes_on")
     try:
+        accelerator = Accelerator(gradient_accumulation_steps=gas, project_config=project, dataloader_config=stateful,
+                                  kwargs_handlers=[ProfileKwargs()], **how)  # fmt: skip
         return getattr(loops, name)(accelerator, ROWS if sharded else ROWS * DP)
     except Exception:
         return traceback.format_exc()
@@ -50,7 +55,7 @@ def run(name: str, sharded: bool) -> Any:
 def run_all(sharded: bool) -> dict:
     if sharded:
         tp_plugin.register()
-    return {name: run(name, sharded) for name in HABITS}
+    return {name: run(name, sharded) for name in HABITS if name != "goes_on" or find_spec("torchdata")}
 
 
 @functools.cache
@@ -63,9 +68,30 @@ def expected() -> dict:
     return on_ranks(1, run_all, False)[0]
 
 
-def test_probe():
-    for name in HABITS:
-        print("=====", name)
-        print("plain", expected()[name])
-        for rank in found():
-            print("ours", rank[name])
+@pytest.mark.parametrize("name", HABITS)
+def test_reports_what_one_process_reports(name):
+    if name == "goes_on":
+        pytest.importorskip("torchdata")
+    truth = expected()[name]
+    assert isinstance(truth, dict), truth
+    for rank, ranks in enumerate(found()):
+        ours = ranks[name]
+        assert isinstance(ours, dict), f"rank {rank}: {ours}"
+        left_out = FIRST_ONLY.get(name, ()) if rank else ()
+        kept = {key: value for key, value in truth.items() if key not in left_out}
+        wrong = differences(kept, {key: value for key, value in ours.items() if key not in left_out})
+        assert not wrong, f"rank {rank}: {wrong}"
+
+
+def test_the_loops_show_what_they_are_for():
+    """A short last step, checkpoints that were removed, one that was loaded, padded labels, a tracker on rank 0 alone."""
+    one = expected()
+    modeling = one["language_modeling"]
+    assert (modeling["count"], modeling["length"], modeling["kept"]) == (6, 5, ["checkpoint_1"])
+    assert modeling["restored"]
+    assert len(modeling["told"]) == 2
+    assert [ranks["language_modeling"]["told"] for ranks in found()[1:]] == [[]] * 3
+    assert one["folds"]["seen"] == 2 * list(range(60, 67))
+    assert len({len(row) for row in one["translated"]["labels"]}) > 1
+    assert one["set_later"]["steps"] == 2
+    assert len(set(one["planned"]["rates"])) == 3
