@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.local_sgd import LocalSGD
@@ -156,7 +155,10 @@ def follows_the_parallelism_config() -> Any:
 
 REFUSED: dict[Callable[[], Any], tuple[str, str]] = {
     accumulates_by_hand: ("TensorParallelError", "came twice before optimizer.step.*with accelerator.accumulate"),
-    leaves_the_sum_out: ("TensorParallelError", r"no_sync\(\) around accelerator.backward.*with accelerator.accumulate"),
+    leaves_the_sum_out: (
+        "TensorParallelError",
+        r"no_sync\(\) around accelerator.backward.*with accelerator.accumulate",
+    ),
     clips_at_another_norm: ("TensorParallelError", r'clip_grad_norm_\(.*0.5\).* at 1 .*"gradient_clipping": 0.5 in'),
     clips_by_another_norm: ("TensorParallelError", "norm_type=1.* clips 2-norms at 1 "),
     clips_where_the_config_never_does: ("TensorParallelError", 'at 0 .*: set "gradient_clipping": 1 in the DeepSpeed'),

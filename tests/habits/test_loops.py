@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, ProfileKwargs, ProjectConfiguration
 
 import tp_plugin
-from tests.habits import loops
+from tests.habits import loops, tasks
 from tests.habits.alike import differences
 from tests.support.configs import auto_config
 from tests.support.ranks import on_ranks
@@ -45,7 +45,7 @@ def run(name: str, sharded: bool) -> Any:
     try:
         accelerator = Accelerator(gradient_accumulation_steps=gas, project_config=project, dataloader_config=stateful,
                                   kwargs_handlers=[ProfileKwargs()], **how)  # fmt: skip
-        return getattr(loops, name)(accelerator, ROWS if sharded else ROWS * DP)
+        return getattr(tasks if hasattr(tasks, name) else loops, name)(accelerator, ROWS if sharded else ROWS * DP)
     except Exception:
         return traceback.format_exc()
     finally:
@@ -84,7 +84,7 @@ def test_reports_what_one_process_reports(name):
 
 
 def test_the_loops_show_what_they_are_for():
-    """A short last step, checkpoints that were removed, one that was loaded, padded labels, a tracker on rank 0 alone."""
+    """A short last step, checkpoints removed and loaded, padded labels, a tracker on rank 0 alone."""
     one = expected()
     modeling = one["language_modeling"]
     assert (modeling["count"], modeling["length"], modeling["kept"]) == (6, 5, ["checkpoint_1"])

@@ -28,7 +28,7 @@ def test_is_refused_on_every_rank(name):
 def test_a_norm_that_nobody_asked_for_is_said_once():
     for said in values(found(), "asks_for_nothing"):
         assert len(said) == 1
-        assert 'clipped at the norm 1, which the loop does not ask for' in said[0]
+        assert "clipped at the norm 1, which the loop does not ask for" in said[0]
 
 
 def test_gradients_are_gone_after_backward():
@@ -40,7 +40,10 @@ def test_a_communication_hook_changes_nothing():
 
 
 def test_prompts_are_dealt_to_groups_and_collected_once():
-    assert values(found(), "infers") == [([0, 10, 20], [0, 10, 20, 30, 40])] * 2 + [([30, 40, 40], [0, 10, 20, 30, 40])] * 2
+    assert (
+        values(found(), "infers")
+        == [([0, 10, 20], [0, 10, 20, 30, 40])] * 2 + [([30, 40, 40], [0, 10, 20, 30, 40])] * 2
+    )
 
 
 def test_accelerates_own_tensor_parallelism_is_not_there():

@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint, speed_metrics
 
-from tests.habits.loops import Pairs, Texts, shared_folder
+from tests.habits.loops import Texts, shared_folder
+from tests.habits.tasks import Pairs
 from tests.support import tiny, zoo
 from tests.support.configs import auto_config
 
@@ -172,7 +173,9 @@ def autotp(tp: int | None) -> dict:
     given = arguments(tp, 2, PLANNED, lr_scheduler_type="linear", warmup_steps=2, max_steps=4,
                       gradient_accumulation_steps=2)  # fmt: skip
     torch.manual_seed(0)
-    config = OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32, dropout=0.0, init_std=0.1)
+    config = OPTConfig(
+        **SMALL, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32, dropout=0.0, init_std=0.1
+    )
     model = OPTForCausalLM(config)
     model.resize_token_embeddings(tiny.VOCAB + 3, mean_resizing=False)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -194,7 +197,7 @@ def autotp(tp: int | None) -> dict:
 
 
 def asks_a_shard_for_the_vocabulary(tp: int | None) -> dict:
-    """``run_clm`` resizes where the tokenizer has more words than rows of the embedding; under ZeRO-3 those are a rank's."""
+    """``run_clm`` resizes where the tokenizer has more words than the embedding has rows: a rank's under ZeRO-3."""
     folder = shared_folder()
     if not dist.is_initialized() or dist.get_rank() == 0:
         tiny.model().save_pretrained(folder)

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from deepspeed.runtime.tensor_parallel import init_utils
 
 import tp_plugin
+from tests.support import zoo
 from tests.support.batched_cases import launched, sentence, values
 from tests.support.configs import config_for
 from tests.support.matrix import LIMITS, assert_within
 from tests.support.models import make
 from tests.support.ranks import on_ranks
-from tests.support import zoo
 from tests.support.train import GroupsOfAScript, compare, engine_for, optimizer_for
 
 SAMPLES, COUNTED = 8, 16  # of a step, and as DeepSpeed multiplies by all ranks

@@ -1,9 +1,9 @@
-"""What a loop writes around a step that accelerate gives to DeepSpeed: refused where it would have no effect.
+"""Refuse what a loop writes around a step of DeepSpeed's where it would have no effect.
 
 Under DeepSpeed ``Accelerator.backward`` goes backward, clips and steps. ``optimizer.step()``, ``zero_grad()`` and
-``clip_grad_norm_()`` come after that and do nothing. So a loop that accumulates by hand, going backward several times
-before ``optimizer.step()``, has stepped each time; and gradients are clipped at a number of the config's. Either trains
-otherwise than one process, without a word.
+``clip_grad_norm_()`` come after that and do nothing. A loop that goes backward several times before
+``optimizer.step()`` has stepped each time, and gradients are clipped at a number of the config's. Neither is what one
+process would train.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tp_plugin.integrations.upstream import Upstream
 
 upstream = Upstream(ACCELERATE)
 _STEPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers stepped in backward, whose step() has not come yet
-_UNASKED: weakref.WeakSet[Any] = weakref.WeakSet()  # engines that clip at a norm that nobody has asked for
+_UNASKED: weakref.WeakSet[Any] = weakref.WeakSet()  # engines that clip at a norm of accelerate's or DeepSpeed's choice
 _BY_HAND = "a loop that accumulates by hand is refused there"
 
 

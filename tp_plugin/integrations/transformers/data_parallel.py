@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, trainer
 from transformers.trainer_utils import seed_worker
 
-import tp_plugin
 from tp_plugin.integrations.accelerate.degree import degree_in, tp_size
 from tp_plugin.integrations.accelerate.rng_state import start_in_step
 from tp_plugin.integrations.features import TRAINER
@@ -43,9 +42,10 @@ from tp_plugin.weights.gather import unwrapped
 from tp_plugin.weights.rng_state import restore_again
 
 upstream = Upstream(TRAINER)
+_LIBRARIES = (transformers.__file__, accelerate.__file__, Path(__file__).parents[1])  # these may lie anywhere
 _INSTALLED = [
     *{Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")},
-    *(Path(module.__file__).parent for module in (transformers, accelerate, tp_plugin)),
+    *(Path(file).parent for file in _LIBRARIES if file),
 ]
 
 
