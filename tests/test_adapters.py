@@ -34,6 +34,8 @@ CASES = Matrix(
             {"family": "Mixtral", "stage": 2, "adapter": "experts"},
             {"family": "Qwen2Moe", "stage": 2, "adapter": "every linear"},
             {"family": "DeepseekV3", "stage": 1, "adapter": "every linear"},
+            {"family": "Llama", "stage": 1, "adapter": "PiSSA"},
+            {"family": "Qwen3", "stage": 2, "heads": (4, 1), "adapter": "OLoRA"},
             {"family": "Llama", "stage": 1, "adapter": "IA3"},
             {"family": "Llama", "stage": 3, "way": "late", "adapter": "prompt"},
         ],

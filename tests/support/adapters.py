@@ -29,6 +29,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": EVERY | {"use_dora": True},
     "Conv1D DoRA": EVERY | {"use_dora": True, "fan_in_fan_out": True},
     "rsLoRA": EVERY | {"use_rslora": True},
+    "PiSSA": EVERY | {"init_lora_weights": "pissa"},
+    "OLoRA": EVERY | {"init_lora_weights": "olora"},
     "patterns": EVERY | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 7}},
     "every Conv1D": EVERY | {"fan_in_fan_out": True},
     "classes": EVERY | {"task_type": "SEQ_CLS"},

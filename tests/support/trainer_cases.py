@@ -146,6 +146,7 @@ CASES: dict[str, Case] = {
                           include_for_metrics=["inputs", "loss"], **MEASURED),
     "listed_metrics": case(eval_do_concat_batches=False, **MEASURED),
     "workers": case(data="augmented", dataloader_num_workers=1, world=2),
+    "masked": case(data="masked", world=2),
     "stream": case(data="stream", accelerator_config={"dispatch_batches": True}),
     "stream_cut": case(data="stream", accelerator_config={"dispatch_batches": False}),
     # with two data-parallel ranks transformers multiplies losses of this kind by two, sharded or not

@@ -33,6 +33,13 @@ def augmented(_index: int, row: dict) -> dict:
     return row
 
 
+def masked(_index: int, row: dict) -> dict:
+    """Words to be guessed are drawn anew each time, as a collator of masked language modeling draws them."""
+    hidden = torch.rand(row["input_ids"].shape) < 0.3
+    hidden[1] = True
+    return {"input_ids": row["input_ids"].masked_fill(hidden, 5), "labels": row["input_ids"].masked_fill(~hidden, -100)}
+
+
 def one_class(index: int, row: dict) -> dict:
     return row | {"labels": torch.tensor(index % 3)}
 
@@ -50,7 +57,7 @@ def unlabelled(*wholly: int) -> Callable[[int], Rows]:
 
 DATA: dict[str, Callable[[int], Any]] = {
     "stream": tiny.Stream,
-    **{make.__name__: lambda count, make=make: Rows(count, make) for make in (uneven, augmented, one_class)},
+    **{make.__name__: lambda count, make=make: Rows(count, make) for make in (uneven, augmented, masked, one_class)},
     "token_classes": lambda count: Rows(count, token_classes),
     "plain": Rows,
     # a step without a label, then one data-parallel rank of two without; or the first step, which the guard examines

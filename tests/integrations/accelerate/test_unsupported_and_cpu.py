@@ -123,7 +123,7 @@ def trainer_arguments(**how):
 
     tp_plugin.register()
     made = TrainingArguments("unused", report_to="none", **how)
-    return made.distributed_state.distributed_type, made.world_size
+    return made.distributed_state.distributed_type, made.distributed_state.num_processes
 
 
 def test_training_arguments_with_use_cpu_keep_deepspeed(launched):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.runtime.tensor_parallel import init_utils
 
 import tp_plugin
+from tests.support import zoo
 from tests.support.batched_cases import launched, sentence, values
 from tests.support.configs import config_for
 from tests.support.matrix import LIMITS, assert_within
@@ -181,7 +182,68 @@ def drawn_by_one_rank_and_broadcast() -> list[float]:
     return errors
 
 
+def _engine_of_custom_patterns(packed: str) -> tuple[GroupsOfAScript, Any]:
+    """AutoTP's example of custom patterns: rules for packed projections, groups of the script's."""
+    names = {
+        r".*attention\.query_key_value\.weight$": packed,
+        r".*attention\.dense\.weight$": "row",
+        r".*mlp\.dense_h_to_4h\.weight$": "column",
+        r".*mlp\.dense_4h_to_h\.weight$": "row",
+    }
+    specs: list[dict[str, Any]] = [{"patterns": [name], "partition_type": kind} for name, kind in names.items()]
+    specs[0] |= {"shape": ((32, 32, 32), -1), "partition_dim": 0}
+    rules = {"use_default_specs": False, "layer_specs": specs}
+    config = {
+        "train_batch_size": SAMPLES,
+        "train_micro_batch_size_per_gpu": SAMPLES // 2,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "tensor_parallel": {"autotp_size": 2, "partition_config": rules},
+        "data_parallel_size": 2,
+    }
+    groups, model = GroupsOfAScript(2), zoo.build("gpt_neox")
+    return groups, engine_for(model, torch.optim.AdamW(model.parameters(), lr=1e-4), config, mpu=groups)
+
+
+class _SamplesOfAReplica(torch.utils.data.Sampler):
+    """Every rank draws one order and takes the part of its data-parallel rank."""
+
+    def __init__(self, count: int, rank: int) -> None:
+        self.count, self.rank = count, rank
+
+    def __iter__(self):
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(3)).tolist()
+        return iter(order[self.rank :: 2])
+
+
+def padded_texts(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": ids != 0, "labels": ids.masked_fill(ids == 0, -100)}
+
+
+def sampled_by_replica() -> list[float]:
+    """Errors of each step's loss against the whole model in one process, on the samples of this replica."""
+    groups, engine = _engine_of_custom_patterns("column")
+    texts = [torch.arange(1, 4 + number) + number for number in range(16)]
+    sampler = _SamplesOfAReplica(len(texts), groups.get_data_parallel_rank())
+    errors = []
+    for batch in torch.utils.data.DataLoader(texts, SAMPLES // 2, sampler=sampler, collate_fn=padded_texts):
+        plain = zoo.build("gpt_neox")
+        plain.load_state_dict(tp_plugin.full_state_dict(engine) or plain.state_dict())
+        loss = engine(**batch).loss
+        if dist.get_rank() == 0:
+            errors.append(abs(float(loss / plain(**batch).loss) - 1))
+        engine.backward(loss)
+        engine.step()
+    return errors
+
+
+def packed_heads_as_rows() -> None:
+    _engine_of_custom_patterns("row")
+
+
 REFUSED = {
+    "packed_heads_as_rows": r"query_key_value.weight 'row' and tp_plugin's plan makes it 'column'",
     "groups_of_ranks_apart": r"mpu= has the ranks \[0, 2\] in a tensor-parallel group where .* puts \[0, 1\]",
     "a_recorded_group_of_ranks_apart": r"tp_group= has the ranks \[0, 2\] .* puts \[0, 1\]; leave it out, or make",
     "a_group_of_ranks_apart_in_the_config": r"tp_group= has the ranks \[0, 2\] ",
@@ -192,7 +254,7 @@ REFUSED = {
 }
 
 
-ALLOWED = ("sizes", "drawn_by_one_rank_and_broadcast")
+ALLOWED = ("sizes", "drawn_by_one_rank_and_broadcast", "sampled_by_replica")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -208,4 +270,10 @@ def test_the_engine_counts_the_batch_that_is_trained():
 def test_autotps_basic_example_trains_as_it_is():
     errors, *_ = values(launched(4, __name__, (*REFUSED, *ALLOWED)), "drawn_by_one_rank_and_broadcast")
     assert len(errors) == 3
+    assert max(errors) < 1e-5
+
+
+def test_autotps_custom_patterns_example_trains_as_it_is():
+    errors, *_ = values(launched(4, __name__, (*REFUSED, *ALLOWED)), "sampled_by_replica")
+    assert len(errors) == 2
     assert max(errors) < 1e-5

@@ -74,6 +74,11 @@ def refuse_pissa_late() -> None:
     peft.get_peft_model(shard(make("Llama")), lora(init_lora_weights="pissa"))
 
 
+def refuse_to_convert_pissa() -> None:
+    trained = shard(adapt(make("Llama"), "PiSSA"))
+    trained.save_pretrained("/nowhere", path_initial_model_for_weight_conversion="/nowhere")
+
+
 def refuse_empty_late() -> None:
     peft.get_peft_model(shard(make("Llama")), lora(), low_cpu_mem_usage=True)
 
@@ -130,6 +135,7 @@ SAYS = {
     "refuse_block": "sharded inside",
     "refuse_block_late": "sharded inside",
     "refuse_pissa_late": "before sharding",
+    "refuse_to_convert_pissa": "convert the adapter after it is saved",
     "refuse_empty_late": "low_cpu_mem_usage",
     "refuse_tied_adapters": "train the embedding by modules_to_save, which is tied",
     "refuse_tied_adapters_late": "train the embedding by modules_to_save, which is tied",

@@ -1,4 +1,5 @@
-"""Accelerate with our slot: samples counted once, full state dicts, DeepSpeed on CPU, refusals before training.
+"""Accelerate with our slot: samples counted once, full state dicts, DeepSpeed on CPU, refusals before training
+and at the first step.
 
 Every patch asks :func:`tp_plugin.integrations.accelerate.degree.tp_size` first and is the original where it is 1.
 Exceptions: ``rng_state`` asks whether the topology has changed, and the recipes' tripwire is always read.
@@ -14,6 +15,7 @@ ROOM = Room(
         "data_parallel": ACCELERATE,
         "cpu": CPU_TRAINING,
         "rng_state": ACCELERATE,
+        "steps": ACCELERATE,
         "unsupported": ACCELERATE,
     },
 )

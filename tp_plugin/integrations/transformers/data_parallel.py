@@ -9,6 +9,8 @@
   steps a second. Samples and tokens are right as they are.
 - Data loaders: ``train_sampling_strategy="batch_rebalance"`` would give each rank of a TP group other rows, and loader
   processes that augment samples at random would be seeded apart.
+- ``TrainingArguments.world_size`` in a script is a factor of learning rates and batch sizes (``run_mae.py``), so a TP
+  group counts once there. Installed libraries name files and seed samplers by it: they are given ranks.
 - Random states: Trainer's checkpoint stores them by process index. From tp 2 x dp 2 to tp 1 x dp 4, process 1 would
   get those of (dp 0, tp 1): the masks of its neighbour, process 0. Each data-parallel rank's states in the engine's
   checkpoint are restored instead. On the same topology Trainer's files are right.
@@ -19,11 +21,15 @@ from __future__ import annotations
 import contextvars
 import functools
 import math
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch.distributed as dist
+import transformers
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, trainer
 from transformers.trainer_utils import seed_worker
@@ -36,6 +42,11 @@ from tp_plugin.weights.gather import unwrapped
 from tp_plugin.weights.rng_state import restore_again
 
 upstream = Upstream(TRAINER)
+_LIBRARIES = (transformers.__file__, accelerate.__file__, Path(__file__).parents[1])  # these may lie anywhere
+_INSTALLED = [
+    *{Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")},
+    *(Path(file).parent for file in _LIBRARIES if file),
+]
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -49,6 +60,19 @@ def _get_tp_size(original: Callable[..., int], self: Trainer) -> int:
 @upstream.patch(Trainer, "get_total_train_batch_size", ["args"], "it divides the world by the TP degree")
 def _get_total_train_batch_size(original: Callable[..., int], self: Trainer, args: TrainingArguments) -> int:
     return original(self, args) // tp_size()
+
+
+@upstream.patch(TrainingArguments, "world_size", [], "a script that multiplies by it would be tp times off")
+def _world_size(original: Callable[..., int], self: TrainingArguments) -> int:
+    ranks, plugin = original(self), getattr(self, "deepspeed_plugin", None)
+    caller = sys._getframe(2).f_code.co_filename  # beyond this function and the property
+    return ranks if plugin is None or _is_installed(caller) else ranks // degree_in(plugin.deepspeed_config)
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    """Return True for code of a library: of one that counts ranks, or of any in the folder of installed packages."""
+    return any(folder in Path(file).parents for folder in _INSTALLED)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
