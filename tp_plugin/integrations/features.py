@@ -165,6 +165,18 @@ FUSED_HEAD = Feature(
     places=("trl.trainer.utils:add_fused_lm_head",),
 )
 
+# ---- sentence-transformers ------------------------------------------------------------------------------------------
+
+_SENTENCES = "sentence_transformers"
+GATHERED_NEGATIVES = Feature(
+    "in-batch negatives of all devices (gather_across_devices)",
+    _SENTENCES,
+    "set gather_across_devices=False",
+    places=("sentence_transformers.util.distributed:all_gather",),
+)
+CACHED_LOSSES = Feature("losses of sentence-transformers with cached gradients", _SENTENCES, "use plain losses")
+GUIDED_LOSSES = Feature("losses of sentence-transformers with a guide model", _SENTENCES, "freeze the guide model")
+
 # ---- programs -------------------------------------------------------------------------------------------------------
 
 AXOLOTL = Feature(
