@@ -175,6 +175,9 @@ GATHERED_NEGATIVES = Feature(
     places=("sentence_transformers.util.distributed:all_gather",),
 )
 CACHED_LOSSES = Feature("losses of sentence-transformers with cached gradients", _SENTENCES, "use plain losses")
+MODEL_CARDS = Feature(
+    "the model card of a sharded model of sentence-transformers", _SENTENCES, "write none (create_model_card=False)"
+)
 GUIDED_LOSSES = Feature("losses of sentence-transformers with a guide model", _SENTENCES, "freeze the guide model")
 
 # ---- programs -------------------------------------------------------------------------------------------------------
