@@ -174,11 +174,14 @@ GATHERED_NEGATIVES = Feature(
     "set gather_across_devices=False",
     places=("sentence_transformers.util.distributed:all_gather",),
 )
-CACHED_LOSSES = Feature("losses of sentence-transformers with cached gradients", _SENTENCES, "use plain losses")
+CACHED_LOSSES = Feature("sentence-transformers' losses with cached gradients", _SENTENCES, "use plain losses")
 MODEL_CARDS = Feature(
-    "the model card of a sharded model of sentence-transformers", _SENTENCES, "write none (create_model_card=False)"
+    "sentence-transformers' model card of a sharded model", _SENTENCES, "write none (create_model_card=False)"
 )
-GUIDED_LOSSES = Feature("losses of sentence-transformers with a guide model", _SENTENCES, "freeze the guide model")
+SENTENCE_SAVING = Feature(
+    "save_pretrained of a sharded model of sentence-transformers", _SENTENCES, "use the trainer's save_model"
+)
+SENTENCE_TRAINERS = Feature("guide models and best checkpoints in sentence-transformers' trainers", _SENTENCES)
 
 # ---- programs -------------------------------------------------------------------------------------------------------
 

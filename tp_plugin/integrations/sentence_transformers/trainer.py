@@ -1,7 +1,9 @@
-"""The guide model of a GIST loss, which trains nothing, kept out of the engine's optimizer.
+"""The library's trainers: what they give the optimizer, and how they load the best model.
 
-The library gives its optimizer every parameter of the loss. A guide runs without gradients, so one process never steps
-it. DeepSpeed's ZeRO looks each parameter up in the engine's model, and has none of the guide's.
+An optimizer gets every parameter of the loss. A guide model runs without gradients, so one process never steps it.
+DeepSpeed's ZeRO looks each parameter up in the engine's model, and has none of the guide's.
+
+The best model is read by ``load_state_dict``, which fails at ZeRO-3, and the library only logs that.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
 from tp_plugin.integrations.accelerate.degree import tp_size
-from tp_plugin.integrations.features import GUIDED_LOSSES
+from tp_plugin.integrations.features import SENTENCE_TRAINERS
 from tp_plugin.integrations.upstream import Upstream
+from tp_plugin.sharding import state_of
 
 MODULE = "sentence_transformers.base.trainer"
 GUIDED = {"GISTEmbedLoss", "CachedGISTEmbedLoss"}
@@ -22,10 +26,12 @@ GUIDED = {"GISTEmbedLoss", "CachedGISTEmbedLoss"}
 
 
 def declare(trainer: ModuleType) -> Upstream:
-    """The method that collects the parameters of the loss."""
-    upstream = Upstream(GUIDED_LOSSES)
+    """Methods of the base of its trainers."""
+    upstream = Upstream(SENTENCE_TRAINERS)
     collects = "the parameters of a loss are collected there"
     upstream.patch(trainer.BaseTrainer, "get_optimizer_cls_and_kwargs", ["args", "model"], collects)(_without_guides)
+    reads = "the best model is what DeepSpeed's checkpoint holds"
+    upstream.patch(trainer.BaseTrainer, "_load_best_model", [], reads)(_load_best_model)
     return upstream
 
 
@@ -52,3 +58,13 @@ def _groups(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for group in found if isinstance(found, list) else ():
             if isinstance(group, dict) and isinstance(group.get("params"), list):
                 yield group
+
+
+def _load_best_model(original: Callable[[Any], None], self: Any) -> None:
+    if state_of(self.model) is None:
+        original(self)
+        return
+    step = str(self.state.best_model_checkpoint).rpartition("-")[2]
+    if step.isdigit():
+        self.model.model_card_data.set_best_model_step(int(step))
+    Trainer._load_best_model(self)
