@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from tp_plugin import log
-from tp_plugin.integrations import accelerate, axolotl, deepspeed, peft, pytorch, sentence_transformers, transformers, trl
+from tp_plugin.integrations import (
+    accelerate,
+    axolotl,
+    deepspeed,
+    peft,
+    pytorch,
+    sentence_transformers,
+    transformers,
+    trl,
+)
 from tp_plugin.integrations.features import broken_features
 from tp_plugin.integrations.versions import TESTED, untested
 from tp_plugin.step_guard.guard import keep_guards_on

@@ -73,9 +73,9 @@ def refuse_foreign_parameters(model: nn.Module, client: Any, stage: float, repli
     others = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in own]
     if others:
         raise TensorParallelError(
-            f"the optimizer has {len(others)} parameters (one of shape {tuple(others[0].shape)}) that are no part of the "
-            "model: DeepSpeed trains an engine's model alone. Freeze them (requires_grad_(False)), make them modules of "
-            "the model, or use ZeRO stage 0 without data parallelism."
+            f"the optimizer has {len(others)} parameters (one of shape {tuple(others[0].shape)}) that are no part of "
+            "the model: DeepSpeed trains an engine's model alone. Freeze them (requires_grad_(False)), make them "
+            "modules of the model, or use ZeRO stage 0 without data parallelism."
         )
 
 

@@ -22,7 +22,8 @@ def declare(gradcache: ModuleType) -> Upstream:
     """The hook of the backward of every cached loss; losses import it by name."""
     upstream = Upstream(CACHED_LOSSES)
     taken = ["grad_output", "sentence_features", "loss_obj", "cache", "random_states", "ranges"]
-    upstream.patch(gradcache, "_backward_hook", taken, "it goes backward several times", everywhere=True)(_backward_hook)
+    often = "it goes backward several times"
+    upstream.patch(gradcache, "_backward_hook", taken, often, everywhere=True)(_backward_hook)
     return upstream
 
 

@@ -23,12 +23,11 @@ MODULE = "sentence_transformers.util.distributed"
 def declare(distributed: ModuleType) -> Upstream:
     """The functions that losses gather by, and find their own rows by; losses import both by name."""
     upstream = Upstream(GATHERED_NEGATIVES)
-    upstream.patch(distributed, "all_gather", ["tensor", "with_grad"], "every row would come tp times", everywhere=True)(
-        _all_gather
-    )
-    upstream.patch(distributed, "get_rank", [], "it numbers the rows of this rank among those gathered", everywhere=True)(
-        _get_rank
-    )
+    for name, parameters, why, ours in (
+        ("all_gather", ["tensor", "with_grad"], "every row would come tp times", _all_gather),
+        ("get_rank", [], "it numbers the rows of this rank among those gathered", _get_rank),
+    ):
+        upstream.patch(distributed, name, parameters, why, everywhere=True)(ours)
     return upstream
 
 

@@ -46,7 +46,7 @@ def _without_guides(original: Callable[..., Any], self: Any, args: Any, model: A
     return kind, options
 
 
-def _guides(loss: nn.Module) -> Iterator[nn.Module]:
+def _guides(loss: nn.Module) -> Iterator[Any]:
     for part in loss.modules():
         if GUIDED.intersection(kind.__name__ for kind in type(part).__mro__):
             yield part.guide
