@@ -122,6 +122,7 @@ def train(
         trainer = make(max_steps=STEPS)
         start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         trainer.train(resume_from_checkpoint=extra == "resume" and deepspeed is not None)
+        assert extra != "best" or trainer.state.best_global_step == 1, trainer.state.log_history
         found = trainer.evaluate() if extra in ("loss", "evaluator") else {}
         encoded, again = encode(kind, trainer.model), []
         replicas = 0.0
@@ -168,8 +169,9 @@ def trainer_of(
         more["evaluator"] = evaluator()
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}
     if extra == "best":
-        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_words_pearson_cosine"}
-        arguments |= {"save_strategy": "steps", "save_steps": 1} | best
+        # the lowest, which is that of the first step
+        best = {"metric_for_best_model": "eval_words_pearson_cosine", "greater_is_better": False}
+        arguments |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True} | best
     elif extra == "resume":
         arguments |= {"save_strategy": "steps", "save_steps": 1}
     name = TRAINERS[kind]
