@@ -30,17 +30,15 @@ CASES: Table = {
         {"kind": "bi", "loss": NEGATIVES, "stage": 3, "lora": True, "form": "triplets", "save": "lora"},
         {"kind": "bi", "loss": CACHED, "stage": 0, "options": SMALL},
         {"kind": "bi", "loss": "GISTEmbedLoss", "stage": 1, "options": WARM},
-        {"kind": "bi", "loss": "Matryoshka", "stage": 2},
         SIMILARITY | {"stage": 3, "extra": "best"},
+        SIMILARITY | {"stage": 2, "extra": "resume"},
         CROSS | {"stage": 1, "extra": "loss", "save": "cross"},
         SPARSE | {"stage": 0, "extra": "loss", "save": "sparse"},
     ],
     (4, 2): [
         {"kind": "bi", "loss": NEGATIVES, "stage": 1, "options": GATHERED},
         {"kind": "bi", "loss": CACHED, "stage": 1, "options": GATHERED | SMALL, "lora": True},
-        SIMILARITY | {"stage": 0, "extra": "resume"},
-        CROSS | {"stage": 3, "lora": True},
-        SPARSE | {"stage": 1, "accumulate": 2},
+        SPARSE | {"stage": 2, "accumulate": 2},
     ],
 }  # fmt: skip
 IN_BATCH = {"accumulate": 2}
