@@ -1,6 +1,6 @@
 """A plain script of setfit: contrastive steps of the encoder, a classifier, and what both make of a few texts.
 
-setfit_classifier.py MODEL OUT ROWS (of this process in a batch). setfit makes max_steps x ROWS pairs, so epochs are given.
+setfit_classifier.py MODEL OUT ROWS (of this process in a batch); epochs, since max_steps asks for pairs by ROWS.
 """
 
 import json
