@@ -260,7 +260,7 @@ def run_all(function: str, cases: list[dict]) -> list[dict[str, Any] | str]:
 def differences(ours: dict[str, Any], truth: dict[str, Any]) -> list[str]:
     """What of one rank's run is not that of one process, in words; nothing if all is well.
 
-    Updates are relative to a quarter of what Adam can do, or more: gradients that cancel (a key's bias) are rounding noise.
+    Updates are relative to a quarter of what Adam can do, or more: gradients that cancel (a key's bias) are noise.
     """
     wrong, start = [], truth["start"]
     entries = zip((*ours["log"], ours["evaluated"]), (*truth["log"], truth["evaluated"]), strict=True)
