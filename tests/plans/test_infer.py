@@ -74,7 +74,24 @@ class InnerNorm(Gated):
         self.norm = nn.LayerNorm(48)
 
 
-@pytest.mark.parametrize("kind", [Convolved, Scaled, Square, InnerNorm])
+class Tied(nn.Module):
+    """The linear that narrows again is the transpose of the one that widens, and has its name too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(16, 48, bias=False)
+        self.decoder = nn.ModuleDict({"linear": self.encoder})
+
+
+class NarrowedElsewhere(Gated):
+    """Its last linear is a layer of another module, too."""
+
+    def __init__(self):
+        super().__init__(16, 48)
+        self.other = nn.ModuleDict({"three": self.three})
+
+
+@pytest.mark.parametrize("kind", [Convolved, Scaled, Square, InnerNorm, Tied, NarrowedElsewhere])
 def test_in_doubt_a_block_stays_replicated(kind):
     model = nn.ModuleDict({"blocks": nn.ModuleList([kind()])})
     assert infer(dict(model.named_modules()), set()) == []

@@ -165,6 +165,24 @@ FUSED_HEAD = Feature(
     places=("trl.trainer.utils:add_fused_lm_head",),
 )
 
+# ---- sentence-transformers ------------------------------------------------------------------------------------------
+
+_SENTENCES = "sentence_transformers"
+GATHERED_NEGATIVES = Feature(
+    "in-batch negatives of all devices (gather_across_devices)",
+    _SENTENCES,
+    "set gather_across_devices=False",
+    places=("sentence_transformers.util.distributed:all_gather",),
+)
+CACHED_LOSSES = Feature("sentence-transformers' losses with cached gradients", _SENTENCES, "use plain losses")
+MODEL_CARDS = Feature(
+    "sentence-transformers' model card of a sharded model", _SENTENCES, "write none (create_model_card=False)"
+)
+SENTENCE_SAVING = Feature(
+    "save_pretrained of a sharded model of sentence-transformers", _SENTENCES, "use the trainer's save_model"
+)
+SENTENCE_TRAINERS = Feature("guide models and best checkpoints in sentence-transformers' trainers", _SENTENCES)
+
 # ---- programs -------------------------------------------------------------------------------------------------------
 
 AXOLOTL = Feature(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from tp_plugin import log
-from tp_plugin.integrations import accelerate, axolotl, deepspeed, peft, pytorch, transformers, trl
+from tp_plugin.integrations import (
+    accelerate,
+    axolotl,
+    deepspeed,
+    peft,
+    pytorch,
+    sentence_transformers,
+    transformers,
+    trl,
+)
 from tp_plugin.integrations.features import broken_features
 from tp_plugin.integrations.versions import TESTED, untested
 from tp_plugin.step_guard.guard import keep_guards_on
 
-ROOMS = (pytorch.ROOM, deepspeed.ROOM, accelerate.ROOM, transformers.ROOM, peft.ROOM, trl.ROOM, axolotl.ROOM)
+ROOMS = (
+    *(pytorch.ROOM, deepspeed.ROOM, accelerate.ROOM, transformers.ROOM, peft.ROOM, trl.ROOM),
+    *(sentence_transformers.ROOM, axolotl.ROOM),
+)
 _SAID: set[str] = set()
 
 

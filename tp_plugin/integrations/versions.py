@@ -29,6 +29,7 @@ WHOLE = {
     "transformers": "5.23",
     "peft": "0.21",
     "trl": "1.16",
+    "sentence_transformers": "6.2",
     "axolotl": "0.19",
 }
 """A version of each library with which no feature is lost: that of constraints.txt, or a program's that was run."""

@@ -43,12 +43,13 @@ def infer(modules: Modules, spoken: Collection[str]) -> list[Rule]:
         under one pattern get none.
     """
     taken = {_layer(name) for name in spoken}
+    twice = _reached_twice(modules)
     found: dict[str, Rule] = {}
     clashing: set[str] = set()
     claimed: set[str] = set()
     for find in (_attention, _mlp):
         for block in sorted(modules, key=lambda name: -name.count(".")):
-            if _layer(block) in taken or not block:
+            if _layer(block) in taken or not block or twice & _near(modules[block]):
                 continue
             for rules in find(block, modules, claimed):
                 claimed |= rules.keys()
@@ -66,6 +67,19 @@ def _layer(name: str) -> str:
     parts = name.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
     return ".".join(parts[: last + 1])
+
+
+def _reached_twice(modules: Modules) -> set[int]:
+    """Linear layers with several names: a layer that another module also computes with is no part of a plain block."""
+    seen: set[int] = set()
+    root = modules.get("")
+    names = () if root is None else root.named_modules(remove_duplicate=False)
+    return {id(m) for _, m in names if is_linear(m) and (id(m) in seen or seen.add(id(m)))}  # type: ignore[func-returns-value]
+
+
+def _near(block: nn.Module) -> set[int]:
+    """The modules of ``block`` that rules are looked for: its children and theirs."""
+    return {id(m) for child in block.children() for m in (child, *child.children())}
 
 
 def _block_pattern(rule: Rule) -> str:

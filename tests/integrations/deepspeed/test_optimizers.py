@@ -10,7 +10,12 @@ from torch import nn
 
 from tests.support.stepped import ClippedByTensor, Stepped
 from tp_plugin.errors import TensorParallelError
-from tp_plugin.integrations.deepspeed.optimizers import NOT_ELEMENTWISE, is_elementwise, refuse_optimizer
+from tp_plugin.integrations.deepspeed.optimizers import (
+    NOT_ELEMENTWISE,
+    is_elementwise,
+    refuse_foreign_parameters,
+    refuse_optimizer,
+)
 
 
 class ByTrustRatio(Stepped):
@@ -121,3 +126,14 @@ def test_names_that_are_known(name):
     assert any(part in name.lower() for part in NOT_ELEMENTWISE)
     with pytest.raises(TensorParallelError, match=f"the optimizer {name} needs full weight matrices"):
         refuse_optimizer({"optimizer": {"type": name}}, None)
+
+
+@pytest.mark.parametrize(("stage", "replicas", "trained"), [(1, 1, True), (0, 2, True), (0, 1, True), (3, 2, False)])
+def test_parameters_beside_the_model_are_refused_where_they_would_fail_or_drift(stage, replicas, trained):
+    model, beside = nn.Linear(3, 5), nn.Linear(5, 2).requires_grad_(trained)
+    optimizer = torch.optim.SGD([*model.parameters(), *beside.parameters()], lr=0.1)
+    if trained and (stage, replicas) != (0, 1):
+        with pytest.raises(TensorParallelError, match=r"2 parameters \(one of shape \(2, 5\)\) that are no part of"):
+            refuse_foreign_parameters(model, optimizer, stage, replicas)
+    else:
+        refuse_foreign_parameters(model, optimizer, stage, replicas)

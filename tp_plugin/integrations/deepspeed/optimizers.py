@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from tp_plugin import log
 from tp_plugin.errors import TensorParallelError
@@ -57,6 +58,25 @@ def refuse_optimizer(config: Mapping[str, Any], client: Any) -> None:
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer not in _TRIED:
         _try(optimizer)
         _TRIED.add(optimizer)
+
+
+def refuse_foreign_parameters(model: nn.Module, client: Any, stage: float, replicas: int) -> None:
+    """Raise TensorParallelError on every rank for an optimizer with parameters that the engine's model has not.
+
+    A loss with layers of its own brings such. ZeRO fails at them with a KeyError, and at stage 0 nothing averages
+    their gradients over replicas. With one replica they are right.
+    """
+    optimizer = getattr(client, "optimizer", client)  # accelerate wraps
+    if not isinstance(optimizer, torch.optim.Optimizer) or (stage == 0 and replicas == 1):
+        return
+    own = {id(param) for param in model.parameters()}
+    others = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in own]
+    if others:
+        raise TensorParallelError(
+            f"the optimizer has {len(others)} parameters (one of shape {tuple(others[0].shape)}) that are no part of "
+            "the model: DeepSpeed trains an engine's model alone. Freeze them (requires_grad_(False)), make them "
+            "modules of the model, or use ZeRO stage 0 without data parallelism."
+        )
 
 
 def _try(optimizer: torch.optim.Optimizer) -> None:

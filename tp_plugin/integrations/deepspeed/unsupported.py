@@ -24,7 +24,11 @@ from tp_plugin.integrations.deepspeed.config import (
     with_recorded,
     without_tripwire,
 )
-from tp_plugin.integrations.deepspeed.optimizers import refuse_optimizer, warn_of_modes
+from tp_plugin.integrations.deepspeed.optimizers import (
+    refuse_foreign_parameters,
+    refuse_optimizer,
+    warn_of_modes,
+)
 from tp_plugin.integrations.deepspeed.process_groups import refuse_other_groups
 from tp_plugin.integrations.environment import refuse_no_degree, with_degree
 from tp_plugin.mesh import ParallelMesh, check_world
@@ -120,6 +124,10 @@ def _refuse_config(config: Mapping[str, Any], tp: int, arguments: Mapping[str, A
                 f"{key} to NVMe is not supported under tensor parallelism; set its device to cpu, which is."
             )
     refuse_optimizer(config, arguments.get("optimizer"))
+    if isinstance(arguments.get("model"), nn.Module):
+        replicas = dist.get_world_size() // tp if dist.is_initialized() else 1
+        stage = _number(zero.get("stage"))
+        refuse_foreign_parameters(arguments["model"], arguments.get("optimizer"), stage, replicas)
     has_optimizer = arguments.get("optimizer") is not None or config.get("optimizer") is not None
     if _number(zero.get("stage")) == 0 and has_optimizer:
         for name in ("fp16", "bf16", "bfloat16"):

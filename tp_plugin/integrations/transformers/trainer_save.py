@@ -115,7 +115,7 @@ def given(trainer: Trainer, state: dict[str, Any]) -> Iterator[None]:
         for place, name, method in places:
             stack.enter_context(placed(place, name, method))
         if not isinstance(state, Written):
-            stack.enter_context(_answering(unwrapped(trainer.model), state))
+            stack.enter_context(answering(unwrapped(trainer.model), state))
         yield
         others_failed()
 
@@ -132,7 +132,7 @@ def at_hand(part: nn.Module) -> dict[str, torch.Tensor] | None:
 
 
 @contextlib.contextmanager
-def _answering(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def answering(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """While open, ``state_dict()`` of every module in ``model`` returns the full tensors in ``state``."""
     full = {id(tensor): state[name] for name, tensor in persistent(model).items() if name in state}
 
