@@ -75,7 +75,7 @@ PROGRAM = Program(
         "datasets==4.8.4", "kernels<0.17.0,>=0.16.0", "hf_transfer", "sentencepiece", "pydantic==2.12.5", "addict",
         "fire", "requests", "einops", "colorama", "numba<1.0,>=0.63.1", "typer==0.25.1", "evaluate==0.4.1", "scipy",
         "nvidia-ml-py", "art", "tensorboard", "python-dotenv", "zstandard", "fastcore", "langdetect", "immutabledict",
-        "antlr4-python3-runtime==4.13.2", "schedulefree==1.4.1", "axolotl-contribs-lgpl==0.0.7",
+        "antlr4-python3-runtime==4.13.2", "schedulefree==1.4.1", "gradio", "axolotl-contribs-lgpl==0.0.7",
         "axolotl-contribs-mit==0.0.6", "posthog", "mistral-common==1.11.5", "wandb", "bitsandbytes==0.50.2", "triton",
     ),
     kinds={

@@ -154,25 +154,20 @@ def ranks_differ():
 def another_fine_tune_on_one_rank():
     """The same names and shapes, and values that a little training has changed."""
     model = make("Llama")
-    with torch.no_grad():
-        for param in model.parameters():
-            param.mul_(1.001)
+    for param in model.parameters():
+        param.data.mul_(1.001)
     other = saved(model, max_shard_size="40KB")
     damaged(lambda folder: shutil.copytree(other, folder, dirs_exist_ok=True), rank=1, other=other)
 
 
 def another_rope_on_one_rank():
-    def change(config):
-        config["rope_parameters"]["rope_theta"] = 5000.0
-
-    damaged(lambda folder: edit(folder / "config.json", change), rank=1)
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    damaged(lambda folder: edit(folder / "config.json", lambda config: config.update(rope_parameters=rope)), rank=1)
 
 
 def quantised():
-    def change(config):
-        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-
-    damaged(lambda folder: edit(folder / "config.json", change))
+    fp8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    damaged(lambda folder: edit(folder / "config.json", lambda config: config.update(quantization_config=fp8)))
 
 
 def cannot_be_sharded():
