@@ -10,7 +10,7 @@ import torch
 from tests.clients import compare
 from tests.clients.__main__ import PROGRAMS, RESULTS
 from tests.clients.page import PAGE, text
-from tests.clients.program import Case
+from tests.clients.program import LAST, Case
 
 FOUND = json.loads(RESULTS.read_text())
 
@@ -42,7 +42,8 @@ def test_a_recipe_asks_for_one_degree_and_one_process_for_none(program, tmp_path
             output.mkdir()
             words = command(tmp_path, case, output)
             config = (output / "train.yaml").read_text()
-            assert str(output / "train.yaml") in words
+            assert str(output / "train.yaml") in words[0]
+            assert len(words) == 1 + ("resumed" in kind)
             assert ("deepspeed" in config) == (case.tp > 1)
             assert f"batch_size: {case.micro_batch}\n" in config
 
@@ -55,3 +56,13 @@ def test_differences_are_seen():
     shorter = compare.Outcome([1.0], [3.0], one.weights)
     assert set(compare.differences(one, shorter).values()) == {float("inf")}
     assert compare.differences(one, compare.Outcome(one.losses, one.norms, {}))["weights"] == float("inf")
+    other_words = compare.Outcome(one.losses, one.norms, one.weights, ["other words"])
+    assert compare.differences(one, other_words)["weights"] == float("inf")
+
+
+def test_the_last_training_and_the_evaluations_count(tmp_path):
+    for folder, loss in (("checkpoint-4", 3.0), (f"{LAST}/checkpoint-4", 2.0)):
+        (tmp_path / folder).mkdir(parents=True)
+        log = [{"loss": loss, "grad_norm": 1.0}, {"eval_loss": 5.0, "eval_runtime": 7.0, "eval_token_acc": 0.5}]
+        (tmp_path / folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert compare.outcome(tmp_path).losses == [2.0, 5.0, 0.5]

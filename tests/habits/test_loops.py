@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import traceback
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -55,7 +54,7 @@ def run(name: str, sharded: bool) -> Any:
 def run_all(sharded: bool) -> dict:
     if sharded:
         tp_plugin.register()
-    return {name: run(name, sharded) for name in HABITS if name != "goes_on" or find_spec("torchdata")}
+    return {name: run(name, sharded) for name in HABITS}
 
 
 @functools.cache
@@ -70,8 +69,6 @@ def expected() -> dict:
 
 @pytest.mark.parametrize("name", HABITS)
 def test_reports_what_one_process_reports(name):
-    if name == "goes_on":
-        pytest.importorskip("torchdata")
     truth = expected()[name]
     assert isinstance(truth, dict), truth
     for rank, ranks in enumerate(found()):

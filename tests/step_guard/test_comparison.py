@@ -124,7 +124,7 @@ def one_rank_fails_in_a_layer(out_of_memory):
             raise torch.OutOfMemoryError("CUDA out of memory.") if out_of_memory else RuntimeError("a broken kernel")
 
     engine.module.model.layers[1].mlp.act_fn.register_forward_hook(fail)
-    with mock.patch.object(peers, "PATIENCE_S", 4.0), mock.patch.object(peers, "SAID_AFTER_S", 1.0):
+    with mock.patch.object(peers, "PATIENCE_S", 2.0), mock.patch.object(peers, "SAID_AFTER_S", 0.5):
         steps(engine, 1)
 
 
@@ -133,7 +133,7 @@ def test_a_rank_that_fails_while_its_peer_waits_in_a_layer_says_so_and_ends(out_
     peer, failed = outcomes(2, one_rank_fails_in_a_layer, out_of_memory, timeout_s=100)
     kind, error = ("OutOfMemoryError", "CUDA out of memory") if out_of_memory else ("RuntimeError", "a broken kernel")
     assert (failed["kind"], failed["error"].rstrip(".")) == (kind, error), "its own, not that of a process group"
-    said = f"rank 1 failed in the check of the first step ({kind}: {error}) and waits up to 4 s for the others"
+    said = f"rank 1 failed in the check of the first step ({kind}: {error}) and waits up to 2 s for the others"
     assert said in failed["log"]
     assert "Connection closed by peer" in peer["error"], "the end of its peer ended it, before its group's timeout"
 

@@ -152,7 +152,6 @@ def ranks_differ():
 
 
 def another_fine_tune_on_one_rank():
-    """The same names and shapes, and values that a little training has changed."""
     model = make("Llama")
     for param in model.parameters():
         param.data.mul_(1.001)

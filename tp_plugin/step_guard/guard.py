@@ -39,7 +39,6 @@ from torch import nn
 from tp_plugin import log
 from tp_plugin.errors import NO_FULLGRAPH, agree
 from tp_plugin.partitioned import has_partitioned
-from tp_plugin.peers import prepare
 from tp_plugin.sharding import Sharding
 from tp_plugin.sharding.inputs import ATTRIBUTE as INPUTS
 from tp_plugin.sharding.inputs import InputGuard, broadcast_over_replicas
@@ -83,7 +82,6 @@ class StepGuard:
         self.gradients: GradientWatch | None = GradientWatch(model) if on else None
         self.forwards = 0
         self.inputs: InputGuard = model.__dict__[INPUTS]
-        prepare(self.mesh)
         self._collectives = CollectiveWatch(self.mesh)  # from a forward of the first step to its backward
         self._inside_model = False  # the backbone's forward to come is part of the model's
         self._warned_of_backbone = False

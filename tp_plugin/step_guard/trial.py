@@ -13,6 +13,7 @@ from tp_plugin.errors import TensorParallelError
 from tp_plugin.mesh import ParallelMesh
 from tp_plugin.model_check.check import check_on_ranks
 from tp_plugin.model_check.parity import Parity
+from tp_plugin.peers import prepare
 from tp_plugin.plans import Plan, Rule, plan_as
 from tp_plugin.plans.from_transformers import parts_of
 from tp_plugin.plans.plan import REPLICATED, fold_all
@@ -36,6 +37,7 @@ def shard_proven(model: nn.Module, config: TensorParallelConfig, mesh: ParallelM
     """
     if state_of(model) is None:
         require_same(facts_of(model, config))
+        prepare(mesh)
     return watched(model, shard_in_place(model, proven(model, config, mesh), mesh))
 
 

@@ -24,6 +24,7 @@ from tp_plugin.config import TensorParallelConfig
 from tp_plugin.errors import TensorParallelError, agree
 from tp_plugin.layout import ShardLayout
 from tp_plugin.mesh import ParallelMesh
+from tp_plugin.peers import prepare
 from tp_plugin.plans import Plan
 from tp_plugin.sharding.require_same import facts_of, require_same
 from tp_plugin.sharding.shard import install_sharded as install_sharded
@@ -101,6 +102,7 @@ class Load:
         model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
         with self.together():
             require_same(facts_of(model, self.config))
+            prepare(self.mesh)
             if dist.is_initialized():
                 require_alike(dict(model.named_parameters()))
             self.config = proven(model, self.config, self.mesh, unread=True)
