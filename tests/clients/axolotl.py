@@ -88,7 +88,7 @@ PROGRAM = Program(
         "DPO, full": _trains("full", "chat_template.argilla_chat", "chosen", **PREFERENCES),
     },
     finish={"SFT, LoRA, merged and asked": _finish},
-    answer=r"^.*\b(w\d+ .+)$",
+    answer=r"^(<unk> w7 w9) ",  # the question: it samples its answer at random, from run to run
     environment=_environment,
     alone={"SFT, packed": "its packer makes other batches for two replicas"},
 )  # fmt: skip
