@@ -28,7 +28,8 @@ saved at the end. They must be at most {LIMITS["loss"]:.0e}, {LIMITS["norm"]:.0e
 "An epoch, evaluated" trains on all rows once: as many steps, and the losses of every evaluation are among those
 compared. "Resumed" trains to the end, then again from its own checkpoint half way. "Merged and asked": the
 program's own command merges what was trained, and its own inference answers, both in one process without
-tp_plugin. Merged tensors are among those compared, and the answers were the same words, but for axolotl, which draws them at random.
+tp_plugin. Merged tensors are among those compared, and the answers were the same words (axolotl draws them at
+random).
 
 DeepSpeed's own AutoTP ran at tp 2 by the same command without tp_plugin; on GPUs it may behave otherwise, and with a
 vocabulary that the degree divides (this one has 131 words). Three gaps of a machine without GPUs were filled.
