@@ -97,13 +97,14 @@ def test_a_command_equals_one_process(folder, kind):
         assert (ours[name] - weight).norm() <= 1e-4 * update.norm(), f"the update of {name}"
 
 
-def agents(folder: Path, config: str) -> list[tuple[int, str]]:
+def agents(folder: Path, config: str, plugin_on: tuple[bool, bool] = (True, True)) -> list[tuple[int, str]]:
     """``tp-plugin exec torchrun`` twice, a rank each, as on two hosts; exit code and output of each."""
     (folder / "tripwire.json").write_text(json.dumps(deepspeed_config(1)))
     bin_folder, port = Path(sys.executable).parent, str(free_port())
     started = []
-    for host in ("0", "1"):
-        command = [str(bin_folder / "tp-plugin"), "exec", "torchrun", "--nnodes", "2", "--node-rank", host]
+    for host, on in enumerate(plugin_on):
+        way_in = [str(bin_folder / "tp-plugin"), "exec"] if on else []
+        command = [*way_in, str(bin_folder / "torchrun"), "--nnodes", "2", "--node-rank", str(host)]
         command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
         command.append(str(Path(trl.scripts.__file__).parent / "sft.py"))
         env = ENVIRONMENT | {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
@@ -126,3 +127,11 @@ def test_two_agents_train_as_one_process(folder):
     )
     for name, weight in truth.items():
         assert (ours[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+@pytest.mark.slow
+def test_a_host_without_the_plugin_is_named_and_both_end(folder):
+    (with_it, said), (without, _) = agents(folder, written(folder, "sft", "agents-mixed"), (True, False))
+    assert "rank 1 of this job run without tp_plugin; start it alike on every host" in said, said[-4000:]
+    assert with_it != 0
+    assert without != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from tp_plugin import exit_pause  # noqa: F401
 from tp_plugin.errors import TensorParallelError
 
+BEFORE_GROUPS: list[Callable[[], None]] = []
+"""Called before groups are made, the first collective call of most programs; integrations add to them."""
 # tp size -> the world and the mesh of its groups: groups are never freed, so each is made once
 _MESHES: dict[int, tuple[object, ParallelMesh]] = {}
 
@@ -54,6 +57,8 @@ class ParallelMesh:
         take_device()
         mesh = cls.noted(tp_size)
         if mesh is None:
+            for check in BEFORE_GROUPS:
+                check()
             world = dist.get_world_size()
             if tp_size == 1:  # groups of one rank are not needed
                 mesh = cls(None, dist.group.WORLD, dp_rank=dist.get_rank(), dp_size=world)

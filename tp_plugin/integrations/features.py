@@ -76,6 +76,7 @@ def reasons_of(feature: Feature) -> list[str]:
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = Feature("reading, writing and measuring the weights of a sharded model", "torch", needed=True)
+PRESENCE = Feature("naming ranks that run without tp_plugin", "torch", "start it alike on every host")
 
 # ---- DeepSpeed ------------------------------------------------------------------------------------------------------
 

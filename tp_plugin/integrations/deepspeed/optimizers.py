@@ -74,8 +74,7 @@ def refuse_foreign_parameters(model: nn.Module, client: Any, stage: float, repli
     if others:
         raise TensorParallelError(
             f"the optimizer has {len(others)} parameters (one of shape {tuple(others[0].shape)}) that are no part of "
-            "the model, and DeepSpeed trains that alone; freeze them (requires_grad_(False)), make them "
-            "modules of the model, or use ZeRO stage 0 without data parallelism."
+            "the model; freeze them, or make them modules of it."
         )
 
 
