@@ -70,16 +70,18 @@ def train(program: Program, python: Path, inputs: Path, folder: Path, case: Case
         steps += [(words, asked, plain) for words, asked in program.finish[case.kind](inputs, output)]
     log = ""
     for number, (words, asked, env) in enumerate(steps):
-        said = _said([str(python.parent / words[0]), *words[1:]], asked, env, output / f"log-{number}.txt")
-        if isinstance(said, Failed):
+        file = output / f"log-{number}.txt"
+        said = _said([str(python.parent / words[0]), *words[1:]], asked, env, file)
+        answered = asked and file.exists() and re.search(program.answer, file.read_text(), re.MULTILINE)
+        if isinstance(said, Failed) and not answered:  # LLaMA-Factory's chat may be aborted when it has said goodbye
             return said.replace(str(folder), "RUNS")
-        log += said
+        log += file.read_text()
     try:
         found = outcome(output)
     except FileNotFoundError as missing:
         return str(missing)
-    answered = output / ANSWERS
-    found.answers = re.findall(program.answer, answered.read_text() if answered.exists() else log, re.MULTILINE)
+    answers = output / ANSWERS
+    found.answers = re.findall(program.answer, answers.read_text() if answers.exists() else log, re.MULTILINE)
     if case.kind in program.finish and not found.answers:
         return "its inference gave no answer"
     return found
