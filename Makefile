@@ -1,6 +1,6 @@
 # make quickstart   a Llama trained tensor parallel on four CPU processes, from nothing
 # make real         LoRA on SmolLM2 on four CPU processes and in one, with texts before and after: ten minutes
-# make test         every test that runs without an accelerator, but the long matrices: ten minutes on two quiet cores
+# make test         every test that runs without an accelerator, but the long matrices: a quarter of an hour on two quiet cores
 # make test-unit    those that start no other process: two minutes
 # make test-matrix  the long matrices, and every script by its real launcher: hours
 # make test-gpu     those that need an accelerator
