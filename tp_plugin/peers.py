@@ -26,12 +26,13 @@ def prepare(mesh: ParallelMesh) -> None:
 
     They are groups of their own: in the one that the failed work used, messages of two calls could be mixed up.
     """
-    if mesh.tp_group is None or mesh.tp_group in _BESIDE:
+    if not dist.is_initialized():
         return
     world = dist.get_world_size()
     tp_groups = [list(range(start, start + mesh.tp_size)) for start in range(0, world, mesh.tp_size)]
     for group, partition in ((dist.group.WORLD, [list(range(world))]), (mesh.tp_group, tp_groups)):
-        _BESIDE[group] = dist.new_subgroups_by_enumeration(partition, backend="gloo")[0]
+        if group is not None and group not in _BESIDE:
+            _BESIDE[group] = dist.new_subgroups_by_enumeration(partition, backend="gloo")[0]
 
 
 def arrive(failure: Exception | None, doing: str, group: dist.ProcessGroup | None = None) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import yaml
 
 from tests.clients.program import (
-    LAST,
     QUESTION,
     RATE,
     STEPS,
@@ -16,6 +15,7 @@ from tests.clients.program import (
     Program,
     Words,
     deepspeed_file,
+    files_of,
     recipe,
     written,
 )
@@ -43,13 +43,8 @@ def _trains(file: str, kind: str, data: str, resumed: bool = False, **more: obje
         if case.tp == 1:
             del config["deepspeed"], config["tensor_parallel_size"]
             many = []
-        if not resumed:
-            return [["axolotl", "train", written(output / "train.yaml", config), *many]]
-        config |= {"save_steps": STEPS // 2, "save_only_model": False}
-        half = str(output / f"checkpoint-{STEPS // 2}")
-        again = config | {"output_dir": str(output / LAST), "resume_from_checkpoint": half}
-        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
-        return [["axolotl", "train", file, *many] for file in files]
+        half = output / f"checkpoint-{STEPS // 2}" if resumed else None
+        return [["axolotl", "train", file, *many] for file in files_of(config, output, half)]
 
     return made
 

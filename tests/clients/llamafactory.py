@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from tests.clients.program import (
-    LAST,
     MERGED,
     QUESTION,
     RATE,
@@ -16,6 +15,7 @@ from tests.clients.program import (
     Program,
     Words,
     deepspeed_file,
+    files_of,
     recipe,
     written,
 )
@@ -49,15 +49,8 @@ def _trains(file: str, stage: str, dataset: str, resumed: bool = False, **more: 
         } | more  # fmt: skip
         if case.tp == 1:
             del config["deepspeed"]
-        if not resumed:
-            return [["llamafactory-cli", "train", written(output / "train.yaml", config)]]
-        config |= {"save_steps": STEPS // 2, "save_only_model": False}
-        again = config | {
-            "output_dir": str(output / LAST),
-            "resume_from_checkpoint": f"{output}/checkpoint-{STEPS // 2}",
-        }
-        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
-        return [["llamafactory-cli", "train", file] for file in files]
+        half = output / f"checkpoint-{STEPS // 2}" if resumed else None
+        return [["llamafactory-cli", "train", file] for file in files_of(config, output, half)]
 
     return made
 

@@ -134,6 +134,15 @@ def written(path: Path, config: dict[str, object]) -> str:
     return str(path)
 
 
+def files_of(config: dict[str, Any], output: Path, half: Path | None = None) -> list[str]:
+    """The file of a training; with ``half``, the checkpoint it makes half way, and that of one that goes on from it."""
+    if half is None:
+        return [written(output / "train.yaml", config)]
+    config = config | {"save_steps": STEPS // 2, "save_only_model": False}
+    again = config | {"output_dir": str(output / LAST), "resume_from_checkpoint": str(half)}
+    return [written(output / "train.yaml", config), written(output / "again.yaml", again)]
+
+
 def deepspeed_file(case: Case, output: Path) -> str:
     """The recipes' DeepSpeed config of ZeRO-1; for DeepSpeed's own AutoTP a copy without what only tp_plugin reads."""
     path = ROOT / "recipes" / "deepspeed" / "tp2_zero1.json"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tests.clients.program import (
     ANSWERS,
-    LAST,
     MERGED,
     RATE,
     STEPS,
@@ -17,6 +16,7 @@ from tests.clients.program import (
     Command,
     Program,
     Words,
+    files_of,
     recipe,
     written,
 )
@@ -40,13 +40,8 @@ def _trains(file: str, command: str, resumed: bool = False, evaluated: bool = Fa
             config |= {"per_device_eval_batch_size": 2, "max_steps": -1, "num_train_epochs": 1}
         if case.tp == 1:
             del config["deepspeed"], config["deepspeed_autotp_size"]
-        if not resumed:
-            return [["swift", command, written(output / "train.yaml", config)]]
-        config |= {"save_steps": STEPS // 2, "save_only_model": False}
-        half = str(output / "out" / f"checkpoint-{STEPS // 2}")
-        again = config | {"output_dir": str(output / LAST), "resume_from_checkpoint": half}
-        files = written(output / "train.yaml", config), written(output / "again.yaml", again)
-        return [["swift", command, file] for file in files]
+        half = output / "out" / f"checkpoint-{STEPS // 2}" if resumed else None
+        return [["swift", command, file] for file in files_of(config, output, half)]
 
     return made
 

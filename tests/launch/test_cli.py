@@ -121,3 +121,8 @@ def test_options_of_the_config_count(capsys, tmp_path):
 def test_what_cannot_be_imported_is_told(capsys):
     assert main(["plan", "llama", "--tp", "2", "--import", "no_such_rules.py"]) == EXIT["refused"]
     assert "cannot import 'no_such_rules.py'" in capsys.readouterr().err
+
+
+def test_a_check_of_one_rank_is_equal(capsys):
+    assert main(["check", "LlamaConfig", "--tp", "1"]) == EXIT["equal"]
+    assert capsys.readouterr().out.rpartition("\n")[0].splitlines()[-1].startswith("EQUAL")

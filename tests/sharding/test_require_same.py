@@ -20,6 +20,7 @@ from tests.support.models import batch, make
 from tests.support.train import engine_for, optimizer_for
 from tp_plugin.config import TensorParallelConfig
 from tp_plugin.mesh import ParallelMesh
+from tp_plugin.sharding.require_same import require_same
 from tp_plugin.sharding.sync_params import sync_params
 
 
@@ -86,6 +87,11 @@ def other_places() -> float:
     return initialise(adapted)(**batch(0, 2)).loss.item()
 
 
+def odd_values() -> None:
+    """Values that JSON cannot hold, on one host alone: no rank may raise while it describes them."""
+    require_same({"a mixture": [{1: 2, "a": 3}] if on_host_b() else 1})
+
+
 def other_buffers() -> list[bool]:
     """Ranks whose rotary tables were computed otherwise."""
     model = make("Llama")
@@ -104,6 +110,7 @@ REFUSED = {
     "other_options": rf"^(tp_plugin\.)?check_batch_every of .* is 5{AND_HOST_B}",
     "other_deepspeed_config": rf"^gradient_clipping of the DeepSpeed config is 1\.0{AND_HOST_B}",
     "other_library": rf"^the version of transformers is [\d.]+{AND_HOST_B}",
+    "odd_values": r"^a mixture is 1 on rank 0 and \[\{1: 2, 'a': 3\}\] on rank 2; give every rank",
     "sharded_early": r"^rms_norm_eps in the config of the model is 1e-06 on rank 0 and 1e-05 on rank 2; give",
 }
 TAKEN = ("other_places", "other_buffers")

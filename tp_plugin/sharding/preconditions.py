@@ -69,12 +69,17 @@ def _sharded_by(param: nn.Parameter) -> str | None:
 
 def _quantised_by(model: nn.Module) -> str | None:
     """The method in the config of a quantised model; transformers removes it from a model that it dequantised."""
-    for part in parts_of(model).values():
-        found = getattr(getattr(part, "config", None), "quantization_config", None)
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-            return str(getattr(method, "value", method))
-    return None
+    methods = (quantisation_of(getattr(part, "config", None)) for part in parts_of(model).values())
+    return next((method for method in methods if method), None)
+
+
+def quantisation_of(config: object) -> str | None:
+    """The method by which a transformers config says that its weights are quantised; None if they are not."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
 
 
 def refuse_hooks(plan: Plan, find: Callable[[str], list[nn.Module]]) -> None:

@@ -36,7 +36,7 @@ def require_same(facts: Facts) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    mine = {name: json.dumps(value, sort_keys=True, default=_text) for name, value in facts.items()}
+    mine = {name: _as_json(value) for name, value in facts.items()}
     hashes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest())
     if all(other == hashes[0] for other in hashes):
@@ -98,6 +98,13 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=_text)
+    except (TypeError, ValueError):  # keys that are no strings or of several types: no rank may raise alone
+        return _text(value)
 
 
 def _text(value: Any) -> str:

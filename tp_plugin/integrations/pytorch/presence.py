@@ -33,12 +33,21 @@ def _note_of(rank: int) -> str:
 @upstream.patch(dist, "init_process_group", None, "ranks leave a note as the process group is made")
 def _init_process_group(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     original(*args, **kwargs)
-    distributed_c10d._get_default_store().set(_note_of(dist.get_rank()), "1")
-    _NOTED_IN[:] = [dist.group.WORLD]
+    if _leave_note():
+        _NOTED_IN[:] = [dist.group.WORLD]
+
+
+def _leave_note() -> bool:
+    store = distributed_c10d._get_default_store()
+    if store is not None:  # MPI has none
+        store.set(_note_of(dist.get_rank()), "1")
+    return store is not None
 
 
 @upstream.then
 def _look_before_groups() -> None:
+    if dist.is_initialized():
+        _leave_note()  # ranks that were registered earlier look for it
     if require_everywhere not in BEFORE_GROUPS:
         BEFORE_GROUPS.append(require_everywhere)
 

@@ -24,6 +24,7 @@ from tp_plugin.integrations.transformers.gguf import advice
 from tp_plugin.integrations.transformers.sharded_load import Load
 from tp_plugin.integrations.upstream import Upstream
 from tp_plugin.mesh import ParallelMesh, take_device
+from tp_plugin.sharding.preconditions import quantisation_of
 
 _LOAD: contextvars.ContextVar[Load | None] = contextvars.ContextVar("the load under way", default=None)
 
@@ -245,9 +246,8 @@ def _get_hf_quantizer(
     original: Callable[..., Any], config: Any, quantization_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
     load = _LOAD.get()
-    if load is not None and getattr(config, "quantization_config", None):
-        method = config.quantization_config
-        method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+    method = None if load is None else quantisation_of(config)
+    if load is not None and method:
         raise TensorParallelError(
             f"{load.name!s} is quantised ({method}), and quantised weights cannot be sharded; name the checkpoint it "
             "was made from."
